@@ -1,0 +1,206 @@
+"""The settings of the commands: one frozen dataclass each, checked where it is made.
+
+The command line, the Python functions and the record of a run all read these fields.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from typing import Literal
+
+from gistfast.errors import ConfigError
+from gistfast.settings import (
+    Settings,
+    argument,
+    build,
+    column_names,
+    comma_separated,
+    layer_numbers,
+    refuse_both,
+    refuse_unknown_device,
+    setting,
+    to_dict,
+)
+
+__all__ = [
+    "EvaluateSettings",
+    "PrecomputeSettings",
+    "QuickstartSettings",
+    "TrainSettings",
+    "build",
+    "to_dict",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeSettings(Settings):
+    """Stage 1: from rows of text to a guide store."""
+
+    about = "Write a guide store: each distinct text of SOURCE, embedded once."
+    when_stopped = "stopped: the same command with --resume goes on from here"
+
+    source: str = argument("File, folder, glob or hub id that holds the rows of text.")
+    guide: str = setting(MISSING, "Guide model: a folder or a hub id.")
+    out: str = setting(MISSING, "Folder of the guide store to write.")
+
+    columns: Mapping[str, str] | None = setting(
+        None,
+        "Where the columns are, e.g. anchor=title,positive=body; found by name when left out.",
+        parse=column_names,
+    )
+    config: str | None = setting(None, "Configuration of a hub data set.")
+    split: str | None = setting(None, "Split of a data set.")
+    revision: str | None = setting(None, "Revision of a hub data set.")
+    on_bad_row: Literal["stop", "skip"] = setting("stop", "What to do with a row whose text is missing or empty.")
+    holdout: float = setting(
+        0.0, "Share of the distinct positives kept out of training, for evaluation.", at_least=0, below=1
+    )
+
+    guide_prompt: str | None = setting(
+        None, "Prompt that the guide puts before every text; its own when left out, '' for none."
+    )
+    query_prompt: str | None = setting(None, "Prompt before anchors, in place of --guide-prompt.")
+    document_prompt: str | None = setting(None, "Prompt before positives and negatives, in place of --guide-prompt.")
+    pooling: Literal["mean", "cls", "last", "max"] | None = setting(
+        None, "How the guide makes one vector of its tokens: a plain transformers guide needs it."
+    )
+    max_length: int | None = setting(
+        None, "Tokens of a text that the guide sees; its own limit when left out.", at_least=3
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Precision that the guide computes in; auto is bfloat16 on a GPU that has it."
+    )
+    store_dtype: Literal["float16", "float32"] = setting("float16", "Precision of the stored vectors.")
+    guide_revision: str | None = setting(None, "Revision of a guide from the hub.")
+    decode_with: str | None = setting(
+        None,
+        "Student whose tokenizer cuts and respells each text first, as a live guide would see it.",
+    )
+    device: str = setting("auto", "Device of the guide: auto, cpu, cuda or cuda:N.")
+    tokens_per_batch: int | None = setting(
+        None, "Tokens of a forward pass; chosen for the device when left out.", at_least=1
+    )
+    index: Literal["auto", "flat", "ivf", "none"] = setting("auto", "Kind of the FAISS index over the vectors.")
+
+    resume: bool = setting(False, "Go on with an unfinished store.")
+    overwrite: bool = setting(False, "Replace an existing store once the new one is complete.")
+    trust_remote_code: bool = setting(False, "Run code that comes with the guide. Only for models you trust.")
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other."""
+        refuse_both(self, "resume", "overwrite")
+        refuse_unknown_device(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(Settings):
+    """Stage 2: from a guide store to a trained student."""
+
+    about = "Train a student against the guide store STORE."
+    when_stopped = "stopped: the same command with --resume goes on from here"
+
+    store: str = argument("Folder of the guide store.")
+    student: str = setting(MISSING, "Student model to start from: a folder or a hub id.")
+    out: str = setting(MISSING, "Folder of the trained student.")
+
+    temperature: float = setting(0.01, "Divides student scores.", above=0)
+    margin: float = setting(0.0, "Moves the guide's threshold below the positive's score.", at_least=-2, at_most=2)
+    margin_strategy: Literal["absolute", "relative"] = setting(
+        "absolute", "Whether the margin is a score or a share of the positive's score."
+    )
+    contrast_anchors: bool = setting(True, "Use other anchors as candidates.")
+    contrast_positives: bool = setting(True, "Let positives meet other positives as candidates.")
+    hard_only: bool = setting(False, "Also drop candidates that the student scores below the positive.")
+    backend: Literal["auto", "reference", "chunked", "triton"] = setting("auto", "Implementation of the loss.")
+    cached: bool = setting(False, "Embed in mini-batches, so that memory no longer limits the batch.")
+    mini_batch_size: int = setting(32, "Rows of a mini-batch with --cached.", at_least=1)
+
+    epochs: float = setting(1.0, "Passes over the rows.", above=0)
+    max_steps: int | None = setting(None, "Steps to take, in place of --epochs.", at_least=1)
+    batch_size: int = setting(64, "Rows of a step.", at_least=2)
+    learning_rate: float = setting(2e-5, "Highest learning rate.", above=0)
+    warmup: float = setting(0.1, "Share of the steps in which the learning rate rises.", at_least=0, below=1)
+    seed: int = setting(42, "Decides the order of the rows and every other draw.", at_least=0)
+    dropout: float | None = setting(None, "Dropout of the student; its own when left out.", at_least=0, below=1)
+    bf16: bool = setting(False, "Compute in bfloat16 where it is safe.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations instead of keeping them.")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "Device of the student; CUDA_VISIBLE_DEVICES chooses among GPUs."
+    )
+    workers: int = setting(0, "Processes that prepare batches.", at_least=0)
+
+    keep_layers: tuple[int, ...] | None = setting(
+        None, "Layers of the student to keep, e.g. 0,1,2; all when left out.", parse=layer_numbers
+    )
+    pooling: Literal["mean", "cls", "last", "max"] | None = setting(
+        None, "How a plain transformers student makes one vector of its tokens."
+    )
+    max_length: int | None = setting(None, "Tokens of a text that the student sees.", at_least=3)
+    query_prompt: str | None = setting(None, "Prompt that the student puts before anchors; its own when left out.")
+    document_prompt: str | None = setting(
+        None, "Prompt that the student puts before positives and negatives; its own when left out."
+    )
+    student_revision: str | None = setting(None, "Revision of a student from the hub.")
+    trust_remote_code: bool = setting(False, "Run code that comes with the student. Only for models you trust.")
+
+    logging_steps: int = setting(10, "Steps between two lines of the log.", at_least=1)
+    eval_steps: int = setting(0, "Steps between two evaluations on the held-out rows; 0 for none.", at_least=0)
+    save_steps: int = setting(500, "Steps between two checkpoints; 0 for none but at Ctrl-C.", at_least=0)
+    save_total_limit: int = setting(2, "Checkpoints to keep.", at_least=1)
+    trackers: tuple[str, ...] | None = setting(
+        None,
+        "Where the log goes besides metrics.jsonl: tensorboard, wandb, trackio or none; "
+        "TensorBoard where it is installed when left out.",
+        parse=comma_separated,
+    )
+    resume: bool = setting(False, "Go on from the last checkpoint in --out.")
+    overwrite: bool = setting(False, "Replace the run in --out when the first step begins.")
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other."""
+        refuse_both(self, "resume", "overwrite")
+        unknown = set(self.trackers or ()) - {"tensorboard", "wandb", "trackio"}
+        if unknown:
+            raise ConfigError(f"--trackers knows tensorboard, wandb and trackio, found {', '.join(sorted(unknown))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(Settings):
+    """Stage 3: what a model is worth."""
+
+    about = "Measure MODEL: retrieval, similarity of pairs, MTEB tasks."
+
+    model: str = argument("Model to measure: a folder or a hub id.")
+    store: str | None = setting(None, "Guide store whose held-out rows are the retrieval test.")
+    queries: str | None = setting(None, "File of queries: columns id and text.")
+    corpus: str | None = setting(None, "File of documents: columns id and text.")
+    qrels: str | None = setting(None, "File of judgements: columns query, document and score.")
+    sts: str | None = setting(None, "File of scored pairs: columns sentence1, sentence2 and score.")
+    tasks: tuple[str, ...] = setting((), "MTEB tasks by name.", parse=comma_separated)
+    out: str | None = setting(None, "JSON file for the results.")
+    batch_size: int = setting(32, "Texts embedded at once.", at_least=1)
+    query_prompt: str | None = setting(None, "Prompt before queries; the model's own when left out.")
+    document_prompt: str | None = setting(None, "Prompt before documents; the model's own when left out.")
+    device: str = setting("auto", "Device of the model: auto, cpu, cuda or cuda:N.")
+    revision: str | None = setting(None, "Revision of a model from the hub.")
+    trust_remote_code: bool = setting(False, "Run code that comes with the model. Only for models you trust.")
+
+    def check(self) -> None:
+        """Refuse half a retrieval test, two of them, and nothing to measure."""
+        refuse_both(self, "store", "queries")
+        refuse_unknown_device(self.device)
+        files = (self.queries, self.corpus, self.qrels)
+        if any(files) and not all(files):
+            raise ConfigError("--queries, --corpus and --qrels belong together: give all three")
+        if not (self.store or self.queries or self.sts or self.tasks):
+            raise ConfigError("nothing to measure: give --store, --queries with --corpus and --qrels, --sts or --tasks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartSettings(Settings):
+    """The three stages in one go, on the data that comes with the package."""
+
+    about = "Run all three stages on data and models that come with gistfast."
+    when_stopped = "stopped: the same command goes on from here"
+
+    out: str = setting("quickstart", "Folder for the store, the student and the picture.")
+    overwrite: bool = setting(False, "Run every stage again, even those that are done.")

@@ -1,0 +1,134 @@
+import json
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+from gistfast.config import (
+    EvaluateSettings,
+    PrecomputeSettings,
+    QuickstartSettings,
+    TrainSettings,
+    build,
+    to_dict,
+)
+from gistfast.errors import ConfigError
+from gistfast.settings import Settings, choices_of, column_names, comma_separated
+
+PRECOMPUTE = {"source": "pairs.jsonl", "guide": "guide", "out": "store"}
+TRAIN = {"store": "store", "student": "student", "out": "trained"}
+ALL = [PrecomputeSettings, TrainSettings, EvaluateSettings, QuickstartSettings]
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+def test_every_setting_has_help_that_is_a_sentence(cls: type[Settings]) -> None:
+    for item in fields(cls):
+        assert item.metadata["help"][0].isupper(), item.name
+        assert item.metadata["help"].endswith("."), item.name
+
+
+def test_defaults_are_valid() -> None:
+    build(PrecomputeSettings, PRECOMPUTE)
+    build(TrainSettings, TRAIN)
+    build(EvaluateSettings, {"model": "model", "store": "store"})
+    build(QuickstartSettings, {})
+
+
+def test_required_settings_have_no_default() -> None:
+    required = {item.name for item in fields(TrainSettings) if item.default is MISSING}
+    assert required == {"store", "student", "out"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("temperature", -1.0, "--temperature must be above 0, found -1.0"),
+        ("temperature", float("nan"), "--temperature must be above 0, found nan"),
+        ("temperature", "hot", "--temperature must be a number, found 'hot'"),
+        ("batch_size", 1, "--batch-size must be at least 2, found 1"),
+        ("batch_size", 8.5, "--batch-size must be a whole number, found 8.5"),
+        ("batch_size", True, "--batch-size must be a whole number, found True"),
+        ("bf16", 1, "--bf16 must be true or false, found 1"),
+        ("backend", "cuda", "--backend must be one of auto, reference, chunked, triton, found 'cuda'"),
+        ("trackers", "mlflow", "--trackers knows tensorboard, wandb and trackio, found mlflow"),
+        ("keep_layers", "0,x", "--keep-layers must be numbers like 0,1,2, found '0,x'"),
+        ("store", 7, "STORE must be text, found 7"),
+    ],
+)
+def test_bad_value_is_refused_with_its_flag(name: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(TrainSettings, {**TRAIN, name: value})
+    assert str(caught.value) == message
+
+
+def test_device_that_no_machine_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--device must be auto, cpu, cuda or cuda:N, found 'gpu'"):
+        build(PrecomputeSettings, {**PRECOMPUTE, "device": "gpu"})
+    assert build(PrecomputeSettings, {**PRECOMPUTE, "device": "cuda:1"}).device == "cuda:1"
+
+
+def test_holdout_of_everything_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--holdout must be below 1"):
+        build(PrecomputeSettings, {**PRECOMPUTE, "holdout": 1.0})
+
+
+def test_unknown_setting_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigError, match="unknown setting 'batchsize': did you mean 'batch_size'"):
+        build(TrainSettings, {**TRAIN, "batchsize": 8})
+
+
+def test_missing_setting_is_named_with_its_help() -> None:
+    with pytest.raises(ConfigError, match="--guide is needed: Guide model"):
+        build(PrecomputeSettings, {"source": "pairs.jsonl", "out": "store"})
+
+
+@pytest.mark.parametrize(("cls", "values"), [(PrecomputeSettings, PRECOMPUTE), (TrainSettings, TRAIN)])
+def test_resume_and_overwrite_contradict_each_other(cls: type[Settings], values: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="--resume and --overwrite contradict each other"):
+        build(cls, {**values, "resume": True, "overwrite": True})
+
+
+def test_half_a_retrieval_test_is_refused() -> None:
+    with pytest.raises(ConfigError, match="give all three"):
+        build(EvaluateSettings, {"model": "model", "queries": "queries.jsonl"})
+
+
+def test_evaluation_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing to measure"):
+        build(EvaluateSettings, {"model": "model"})
+
+
+def test_text_and_values_build_equal_settings() -> None:
+    from_text = build(TrainSettings, {**TRAIN, "keep_layers": "0, 1,2", "trackers": "none"})
+    from_values = build(TrainSettings, {**TRAIN, "keep_layers": [0, 1, 2], "trackers": ()})
+    assert from_text == from_values
+    assert from_text.keep_layers == (0, 1, 2)
+    assert from_text.trackers == ()
+
+
+def test_path_becomes_text() -> None:
+    assert build(TrainSettings, {**TRAIN, "store": Path("a") / "b"}).store == "a/b"
+
+
+def test_saved_settings_build_the_same_settings() -> None:
+    settings = build(TrainSettings, {**TRAIN, "keep_layers": "0,1,2", "max_steps": 5})
+    assert build(TrainSettings, json.loads(json.dumps(to_dict(settings)))) == settings
+
+
+def test_columns_map_our_names_to_theirs() -> None:
+    assert column_names("anchor=title, positive=body") == {"anchor": "title", "positive": "body"}
+    for wrong in ("title", "anchor=", "=title", ""):
+        with pytest.raises(ConfigError, match="--columns must look like"):
+            column_names(wrong)
+
+
+def test_comma_separated_text_drops_blanks() -> None:
+    assert comma_separated("a, b,") == ("a", "b")
+    assert comma_separated("none") == comma_separated("") == ()
+
+
+def test_choices_are_read_from_literals() -> None:
+    from typing import Literal
+
+    assert choices_of(Literal["a", "b"] | None) == ("a", "b")
+    assert choices_of(str | None) == ()
