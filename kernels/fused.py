@@ -1,0 +1,312 @@
+"""The guided contrastive loss with its gradient taken in the forward pass, in chunks of rows.
+
+    x_i    = log(sum_j E_ij) + (ref_i - own_i) / T      E: exp((score - ref) / T), 0 where a candidate is dropped
+    loss_i = softplus(x_i)
+    v_i    = sigmoid(x_i) / sum_j E_ij                  the softmax normaliser is a factor of the row, so that
+    T dX   = v * (E @ C) - sigmoid(x) * own positive    both gradients are plain matrix products on E
+    T dC   = E^T @ (v * X)
+
+A backend prepares the vectors, makes E and the row terms for a chunk of rows, and turns the gradients on unit vectors
+into those on vectors; the chunks and the matrix products are here. Shapes: B anchors, M negatives, R rows whose loss is
+taken, D student width, G guide width. kernels/README.md derives the formulas.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, reduce
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+LEAST_BUDGET_MIB = 32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each role's vectors lie in the stack, which rows meet which columns, and where their tiles lie in E.
+
+    The stack is [anchors; positives; negatives], each role padded with zero vectors to a multiple of `align`, so that
+    no tile straddles two blocks. Columns of E: the anchors' candidates [aa?, ap, an?], then the positives' [pp?].
+    """
+
+    num_anchors: int
+    num_negatives: int
+    contrast_anchors: bool
+    contrast_positives: bool
+    align: int = 1
+
+    @property
+    def first_positive(self) -> int:
+        """Where positives begin: the padded number of anchors."""
+        return self._padded(self.num_anchors)
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors of the stack, padding included."""
+        return 2 * self.first_positive + self._padded(self.num_negatives)
+
+    @property
+    def first_candidate(self) -> int:
+        """The first vector of the stack that is a candidate of anchors."""
+        return 0 if self.contrast_anchors else self.first_positive
+
+    @property
+    def pp_start(self) -> int:
+        """The first column of E that belongs to block pp."""
+        return self.num_vectors - self.first_candidate
+
+    @property
+    def e_columns(self) -> int:
+        """Columns of E."""
+        return self.pp_start + (self.first_positive if self.contrast_positives else 0)
+
+    @property
+    def roles(self) -> tuple[slice, ...]:
+        """Where the anchors, the positives and the negatives (if any) lie in the stack."""
+        starts = (0, self.first_positive, 2 * self.first_positive)
+        sizes = (self.num_anchors, self.num_anchors, self.num_negatives)
+        return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True) if size)
+
+    @property
+    def blocks(self) -> dict[str, "Block"]:
+        """The blocks in use: the first letter is who looks, the second who is seen."""
+        anchors, positives, *negatives = self.roles
+        shift = -self.first_candidate
+        blocks = {"ap": Block(0, positives.start, positives.stop, shift)}
+        if self.contrast_anchors:
+            blocks["aa"] = Block(0, anchors.start, anchors.stop, shift)
+        if self.contrast_positives:
+            blocks["pp"] = Block(positives.start, positives.start, positives.stop, self.pp_start - positives.start)
+        if negatives:
+            blocks["an"] = Block(0, negatives[0].start, negatives[0].stop, shift)
+        return blocks
+
+    def _padded(self, size: int) -> int:
+        return -(-size // self.align) * self.align
+
+
+class Block(NamedTuple):
+    """First row of the row operand, first and end column in the stack, and the shift from there to columns of E."""
+
+    row_base: int
+    first: int
+    end: int
+    e_shift: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """What shapes the loss, and what is wanted of it.
+
+    The first five are those of `gistfast.guided_contrastive_loss`.
+
+    Attributes:
+        half: Take scores in half precision although the vectors are wider.
+        lowest_temperature: What the temperature is known to be no lower than; 0 when it is not known.
+        with_gradients: Whether gradients are wanted.
+        learn_temperature: Whether that on the temperature is, too.
+    """
+
+    row_offset: int
+    num_rows: int
+    margin: float
+    relative: bool
+    hard_only: bool
+    half: bool = False
+    lowest_temperature: float = 0.0
+    with_gradients: bool = True
+    learn_temperature: bool = True
+
+
+class Rows(NamedTuple):
+    """The row terms of a chunk, each (R,) but `kept` (blocks,): see the module's formulas.
+
+    `share` is v and `weight` sigmoid(x), both times the row's weight; `slope` is the derivative by 1 / T, where that is
+    wanted; `top` the highest score kept.
+    """
+
+    losses: Tensor
+    share: Tensor
+    weight: Tensor
+    slope: Tensor | None
+    top: Tensor
+    kept: Tensor
+
+
+class Backend(Protocol):
+    """What a backend does; `chunked` and `triton_backend` are two."""
+
+    def alignment(self, device: torch.device) -> int:
+        """What roles begin at a multiple of in the stack."""
+
+    def prepare(
+        self, vectors: Sequence[Tensor], guide: Sequence[Tensor], ids: Sequence[Tensor], temperature: Tensor,
+        layout: Layout, options: Options,
+    ) -> Any:  # fmt: skip
+        """Unit vectors of the roles, stacked, with all that a row is judged by.
+
+        Has `operand`, the student's stack in the precision of E, (vectors, width); `lengths`, those of the student's
+        and the guide's vectors before, role by role; and `unusable`, whether one of these is zero or not finite.
+        """
+
+    def rows(
+        self, prepared: Any, first: int, num_rows: int, temperature: Tensor, weights: Tensor | None, e: Tensor | None
+    ) -> Rows:
+        """The row terms of the chunk that begins `first` rows after the row offset; fills `e` unless it is None."""
+
+    def gradients(self, prepared: Any, total: Tensor, weight: Tensor, factor: Tensor) -> list[Tensor]:
+        """Gradients on each role's vectors, from `total` on the unit stack less `weight` times the own positives."""
+
+
+@dataclass
+class Result:
+    """Losses (R,), highest kept score (R,), candidates kept in each block, and gradients where they were wanted.
+
+    `lengths` are those of the vectors given, `unusable` whether one is zero or not finite: then nothing else counts.
+    """
+
+    losses: Tensor
+    top: Tensor
+    kept: Tensor
+    lengths: dict[str, list[Tensor]]
+    unusable: Tensor
+    on_vectors: list[Tensor]
+    on_temperature: Tensor | None
+
+
+def loss_and_gradients(
+    vectors: Sequence[Tensor],
+    guide: Sequence[Tensor],
+    ids: Sequence[Tensor],
+    temperature: Tensor,
+    layout: Layout,
+    options: Options,
+    backend: Backend,
+    *,
+    row_weights: Tensor | None,
+    chunk_bytes: int,
+) -> Result:
+    """Losses of the rows and, if wanted, the gradients of their weighted sum.
+
+    Args:
+        vectors: Student vectors of each role, anchors first: (B, D), (B, D) and perhaps (M, D).
+        guide: Guide vectors of each role, or nothing.
+        ids: Text ids of each role.
+        temperature: Scalar tensor, fp32 or fp64.
+        layout: Which rows meet which columns.
+        options: What shapes the loss.
+        backend: Who makes the tiles.
+        row_weights: (R,) weight of each row's loss in the gradients; None for the mean.
+        chunk_bytes: Budget of E; 0 chooses.
+    """
+    prepared = backend.prepare(vectors, guide, ids, temperature, layout, options)
+    operand = prepared.operand
+    chunk = rows_per_chunk(options.num_rows, layout, operand.dtype.itemsize, chunk_bytes, operand.device)
+    e = operand.new_empty((chunk, layout.e_columns)) if options.with_gradients else None
+    scale = None if row_weights is None else row_weights.abs().amax().clamp_min(1e-30)
+    weights = None if row_weights is None or scale is None else row_weights / scale
+    total = temperature.new_zeros(operand.shape) if options.with_gradients else None
+    chunks = []
+    for start in range(0, options.num_rows, chunk):
+        size = min(chunk, options.num_rows - start)
+        part = None if e is None else e[:size]
+        part_weights = None if weights is None else weights[start : start + size]
+        rows = backend.rows(prepared, start, size, temperature, part_weights, part)
+        chunks.append(rows)
+        if total is not None and part is not None:
+            _add_gradients(total, part, operand, rows.share, layout, options.row_offset + start)
+    rows = chunks[0] if len(chunks) == 1 else _joined(chunks)
+    result = Result(rows.losses, rows.top, rows.kept, prepared.lengths, prepared.unusable, [], None)
+    if total is not None:
+        inverse_t = temperature.reciprocal()
+        factor = inverse_t * (1.0 / options.num_rows if scale is None else scale)
+        result.on_vectors = backend.gradients(prepared, total, rows.weight, factor)
+        if rows.slope is not None:
+            result.on_temperature = -rows.slope.sum() * inverse_t * factor
+    return result
+
+
+def _joined(chunks: list[Rows]) -> Rows:
+    """The row terms of all chunks."""
+
+    def joined(field: str) -> Any:
+        parts = [getattr(rows, field) for rows in chunks]
+        return None if parts[0] is None else torch.cat(parts)
+
+    terms = [joined(field) for field in Rows._fields[:-1]]
+    return Rows._make([*terms, torch.stack([rows.kept for rows in chunks]).sum(0)])
+
+
+def _add_gradients(total: Tensor, e: Tensor, operand: Tensor, share: Tensor, layout: Layout, first_row: int) -> None:
+    """Add a chunk's products with E to `total`, T times the gradient on the unit stack."""
+    blocks = [(e[:, : layout.pp_start], first_row, slice(layout.first_candidate, layout.num_vectors))]
+    if layout.contrast_positives:
+        positives = slice(layout.first_positive, 2 * layout.first_positive)
+        blocks.append((e[:, layout.pp_start :], layout.first_positive + first_row, positives))
+    for block, first, columns in blocks:
+        rows = slice(first, first + len(e))
+        onto_rows = products(block, operand[columns])
+        scaled = torch.mul(operand[rows], share[:, None], out=torch.empty_like(operand[rows]))
+        add_products(total[columns], block.T, scaled)
+        total[rows].addcmul_(onto_rows, share[:, None])
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`, in fp32 at least, whatever the operands' precision."""
+    if left.dtype not in (torch.float16, torch.bfloat16):
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, in the precision of `total`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+def rows_per_chunk(num_rows: int, layout: Layout, e_itemsize: int, chunk_bytes: int, device: torch.device) -> int:
+    """Rows of E that fit into `chunk_bytes`, or into a budget chosen by the free memory when that is 0."""
+    row_bytes = layout.e_columns * e_itemsize
+    if chunk_bytes == 0:
+        # To ask a card for its free memory takes longer than a small batch.
+        chunk_bytes = (
+            LEAST_BUDGET_MIB << 20 if num_rows * row_bytes <= LEAST_BUDGET_MIB << 20 else _budget_bytes(device)
+        )
+    rows = max(1, chunk_bytes // row_bytes)
+    if rows >= num_rows:
+        return num_rows
+    return rows // 128 * 128 if rows >= 128 else rows
+
+
+def _budget_bytes(device: torch.device) -> int:
+    """A sixteenth of a card's free memory, as a power of two up to 2 GiB; the least on a CPU, whose caches are small.
+
+    A power of two, so that small changes of the free memory do not change the chunks, and with them the last bits.
+    """
+    if device.type != "cuda":
+        return _announced_bytes(LEAST_BUDGET_MIB, str(device))
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    mib = max(1, free // 16 >> 20)
+    return _announced_bytes(min(2048, max(LEAST_BUDGET_MIB, 1 << (mib.bit_length() - 1))), str(device))
+
+
+@cache
+def _announced_bytes(mib: int, device: str) -> int:
+    """`mib` in bytes; each budget is logged once."""
+    logger.info("guided loss: score tiles take up to %d MiB at a time on %s", mib, device)
+    return mib << 20
+
+
+def wide_dtype(columns: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of sums over the columns: theirs, fp32 at least."""
+    return reduce(torch.promote_types, (column.dtype for column in columns), torch.float32)
