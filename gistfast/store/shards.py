@@ -1,0 +1,200 @@
+"""One shard: an Arrow file of one record batch, and the commit that makes it exist.
+
+Any number of writers may write the same shard at once. Each writes a file of its own name; the first whose
+commit takes its place wins, and the others remove their files.
+"""
+
+import re
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from gistfast.errors import StoreError
+from gistfast.store.files import (
+    ChecksumWriter,
+    create_json,
+    durable_file,
+    new_token,
+    one_line_write_errors,
+    read_json,
+)
+from gistfast.store.manifest import Plan
+
+KINDS = ("texts", "rows", "vectors", "scores")
+COMMITS = "commits"
+# What the processor loads at once, and what Arrow recommends.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What commits/<kind>-<shard>.json says of one shard.
+
+    Attributes:
+        file: Path inside the store.
+        rows: Rows in the file.
+        bytes: Size of the file.
+        xxh3_128: Hash of the file.
+        recipe: The store's recipe: a shard of another guide or other data has another one.
+    """
+
+    file: str
+    rows: int
+    bytes: int
+    xxh3_128: str
+    recipe: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard in memory, mapped from its file: pages are read when they are touched.
+
+    Attributes:
+        batch: The columns.
+        raw: The bytes of the whole file, under the columns. Writing to them never reaches the file.
+    """
+
+    batch: pa.RecordBatch
+    raw: torch.Tensor
+
+    def tensor(self, column: int, dtype: torch.dtype) -> torch.Tensor:
+        """The fixed-size lists of `column` as a (rows, width) tensor over the same memory."""
+        lists = self.batch.column(column)
+        values = lists.values
+        start = values.buffers()[1].address - self.raw.data_ptr()
+        width = lists.type.list_size
+        num_bytes = self.batch.num_rows * width * dtype.itemsize
+        return self.raw[start : start + num_bytes].view(dtype).view(-1, width)
+
+
+def write_shard(store: Path, kind: str, index: int, batch: pa.RecordBatch, recipe: str) -> bool:
+    """Write shard `index` of `kind` and commit it; False when another writer had committed it first.
+
+    Raises:
+        StoreError: When the disk is full or the folder cannot be written.
+    """
+    name = f"{kind}/{index:05d}-{new_token()}.arrow"
+    path = store / name
+    with one_line_write_errors(path):
+        for folder in (path.parent, store / COMMITS):
+            folder.mkdir(exist_ok=True)
+        with durable_file(path) as file:
+            sink = ChecksumWriter(file)
+            aligned = _aligned(batch)
+            with pa.ipc.new_file(sink, aligned.schema) as arrow:
+                arrow.write_batch(aligned)
+    commit = Commit(name, batch.num_rows, sink.num_bytes, sink.hexdigest(), recipe)
+    commit_path = _commit_path(store, kind, index)
+    try:
+        create_json(commit_path, asdict(commit))
+    finally:
+        # Also after an interruption: the file stays exactly if its commit does.
+        won = commit_path.is_file() and read_json(commit_path).get("file") == name
+        if not won:
+            with suppress(OSError):
+                path.unlink()
+    return won
+
+
+def committed_shards(store: Path, kind: str) -> set[int]:
+    """Numbers of the shards of `kind` that have a commit."""
+    folder = store / COMMITS
+    pattern = re.compile(rf"{kind}-(\d+)\.json")
+    matches = (pattern.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return {int(match[1]) for match in matches if match}
+
+
+def pending_shards(store: Path, kind: str, plan: Plan) -> list[int]:
+    """Numbers of the shards of `kind` in the plan that have no commit yet, in order."""
+    done = committed_shards(store, kind)
+    return [index for index in range(len(plan.sizes(kind))) if index not in done]
+
+
+def read_commit(store: Path, kind: str, index: int, *, plan: Plan, recipe: str) -> Commit:
+    """The commit of one shard of a store with this plan and recipe.
+
+    Raises:
+        StoreError: When it is missing, damaged, made for another store, or points outside the store.
+    """
+    path = _commit_path(store, kind, index)
+    record = read_json(path)
+    advice = "restore the file, or make the store anew"
+    if {field.name for field in fields(Commit)} != record.keys():
+        raise StoreError(f"{path} has the fields {', '.join(sorted(record))}, not those of a commit: {advice}")
+    commit = Commit(**record)
+    if not re.fullmatch(rf"{kind}/[0-9]+-[0-9a-f]+\.arrow", str(commit.file)):
+        raise StoreError(f"{path} names the file {commit.file!r}, expected one in {kind}/: {advice}")
+    if commit.recipe != recipe:
+        raise StoreError(f"{path} was written for another guide or other data than this store: {advice}")
+    if commit.rows != plan.sizes(kind)[index]:
+        raise StoreError(f"{path} says {commit.rows} rows, the plan {plan.sizes(kind)[index]}: {advice}")
+    return commit
+
+
+def shard_path(store: Path, commit: Commit) -> Path:
+    """The file that `commit` names.
+
+    Raises:
+        StoreError: When it is missing or has another size.
+    """
+    path = store / commit.file
+    size = path.stat().st_size if path.is_file() else None
+    if size != commit.bytes:
+        found = "is missing" if size is None else f"has {size} bytes, expected {commit.bytes}"
+        raise StoreError(f"{path} {found}: restore the file, or make the store anew")
+    return path
+
+
+def open_shard(store: Path, commit: Commit) -> Shard:
+    """The shard that `commit` describes, mapped.
+
+    Raises:
+        StoreError: When its file is missing, has another size, or is not what the commit says.
+    """
+    path = shard_path(store, commit)
+    # Mapped by torch and not by Arrow: its mapping holds no file descriptor, so the number of shards is not
+    # limited, and its memory counts as writable, which torch asks of what it wraps.
+    raw = torch.from_file(str(path), shared=False, size=commit.bytes, dtype=torch.uint8)
+    try:
+        batch = pa.ipc.open_file(pa.py_buffer(raw.numpy())).get_batch(0)
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(f"{path} is not a readable Arrow file ({error}): restore it") from error
+    if batch.num_rows != commit.rows:
+        raise StoreError(f"{path} holds {batch.num_rows} rows, its commit says {commit.rows}: restore it")
+    return Shard(batch, raw)
+
+
+def fixed_size_lists(name: str, values: np.ndarray[Any, Any]) -> tuple[pa.Field, pa.Array]:
+    """A (rows, width) array as an Arrow column of lists of `width` values, without a copy."""
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    return pa.field(name, column.type, nullable=False), column
+
+
+def _commit_path(store: Path, kind: str, index: int) -> Path:
+    return store / COMMITS / f"{kind}-{index:05d}.json"
+
+
+def _aligned(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with as much padding in its schema as brings the first column to a multiple of 64 bytes."""
+    for padding in range(0, ALIGNMENT, 8):
+        padded = batch.replace_schema_metadata({"padding": " " * padding})
+        # Headers have the same size for one row as for all.
+        if _first_column_offset(padded.slice(0, 1)) % ALIGNMENT == 0:
+            break
+    return padded
+
+
+def _first_column_offset(batch: pa.RecordBatch) -> int:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as arrow:
+        arrow.write_batch(batch)
+    file = sink.getvalue()
+    column = pa.ipc.open_file(file).get_batch(0).column(0)
+    values = column.values if pa.types.is_fixed_size_list(column.type) else column
+    offset: int = values.buffers()[1].address - file.address
+    return offset

@@ -1,0 +1,73 @@
+"""The texts of a store, read from their mapped shards when they are asked for."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+Array = np.ndarray[Any, Any]
+
+
+class Texts(Sequence[str]):
+    """A sequence of all texts by entry id; holds none of them in memory.
+
+    Attributes:
+        starts: Id of the first entry of each shard, and the number of entries at the end.
+    """
+
+    def __init__(self, sizes: Sequence[int], column_of: Callable[[int], pa.Array]) -> None:
+        """Read from shards.
+
+        Args:
+            sizes: Texts in each shard.
+            column_of: Gives the column of texts of a shard by its number.
+        """
+        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._column_of = column_of
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        """The text of one entry, or a list of them for a slice."""
+        if isinstance(index, slice):
+            return self.take(np.arange(*index.indices(len(self))))
+        entry = index + len(self) if index < 0 else index
+        if not 0 <= entry < len(self):
+            raise IndexError(f"entry {index} is out of range: the store holds {len(self)} texts")
+        return self.take(np.array([entry]))[0]
+
+    def take(self, ids: Array) -> list[str]:
+        """The texts of the entries `ids`, (N,) integers in any order, repeats allowed."""
+        texts: list[str] = self.to_arrow(ids).to_pylist()
+        return texts
+
+    def to_arrow(self, ids: Array) -> pa.Array:
+        """As `take`, as an Arrow array of large strings; no text passes through Python.
+
+        Raises:
+            IndexError: When an id is out of range.
+        """
+        if not len(ids):
+            return pa.array([], type=pa.large_string())
+        if ids.min() < 0 or ids.max() >= len(self):
+            raise IndexError(f"ids from {ids.min()} to {ids.max()}, the store holds {len(self)} texts")
+        order = np.argsort(ids, kind="stable")
+        ordered = ids[order]
+        bounds = np.searchsorted(ordered, self.starts)
+        parts = [
+            self._column_of(shard).take(pa.array(ordered[first:last] - self.starts[shard]))
+            for shard, (first, last) in enumerate(pairwise(bounds))
+            if first < last
+        ]
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        return pa.concat_arrays(parts).take(pa.array(places))
