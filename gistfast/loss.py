@@ -1,0 +1,271 @@
+"""The two losses for sentence-transformers' trainer: `GISTEmbedLoss` with the guide read from a store.
+
+Exchange `guide=` for a `GuideStore`, and give the dataset a `label` column that holds, for each row, the
+store's text ids of its columns: `store.to_dataset()` makes such a dataset.
+
+Shapes: B rows, C columns, D student width.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, has_static_embedding_input
+from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
+from torch import Tensor, nn
+
+from gistfast.errors import ConfigError, ShapeError
+from gistfast.functional import Backend, MarginStrategy, guided_contrastive_loss
+from gistfast.loss_inputs import check_options
+from gistfast.store import GuideStore
+
+
+class GISTLoss(nn.Module):
+    """Guided in-sample selection of negatives (GISTEmbed), with the guide's vectors read from a store.
+
+    Inputs: two or more text columns (anchor, positive, then any number of negatives), and a label column of
+    text ids, one for each text column. Works with `BatchSamplers.NO_DUPLICATES`, several datasets,
+    `MatryoshkaLoss` and evaluation.
+
+    Attributes:
+        last_stats: For each block in use ("ap", "aa", "pp", "an") the share of its candidates that was
+            dropped in the last batch, a scalar tensor.
+
+    Example:
+        >>> store = GuideStore.open("store")  # doctest: +SKIP
+        >>> loss = GISTLoss(model, store)  # doctest: +SKIP
+        >>> rows = store.to_dataset("train")  # doctest: +SKIP
+        >>> SentenceTransformerTrainer(model, train_dataset=rows, loss=loss).train()  # doctest: +SKIP
+
+    Source: GISTEmbed, arXiv:2402.16829.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        store: GuideStore,
+        *,
+        temperature: float = 0.01,
+        margin: float = 0.0,
+        margin_strategy: MarginStrategy = "absolute",
+        contrast_anchors: bool = True,
+        contrast_positives: bool = True,
+        hard_only: bool = False,
+        gather_across_devices: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        """Take the options of `gistfast.guided_contrastive_loss`.
+
+        Args:
+            model: The student.
+            store: Guide vectors of every text that the dataset holds.
+            temperature: Divides student scores; above 0.
+            margin: How far below the positive's guide score a candidate is dropped already.
+            margin_strategy: "absolute" or "relative".
+            contrast_anchors: Whether anchors are contrasted with each other.
+            contrast_positives: Whether positives are contrasted with each other.
+            hard_only: Drop candidates that the student scores below the own positive, too.
+            gather_across_devices: Take candidates from all processes of a distributed run, which must have
+                batches of one size. The gradient, averaged over them, is that of one process on the joint
+                batch.
+            backend: Who computes the loss: "auto", "triton", "chunked" or "reference".
+
+        Raises:
+            ConfigError: When an option is out of its range.
+        """
+        super().__init__()
+        check_options(temperature, margin, margin_strategy)
+        self.model = model
+        self.store = store
+        self.options: dict[str, Any] = {
+            "temperature": temperature,
+            "margin": margin,
+            "margin_strategy": margin_strategy,
+            "contrast_anchors": contrast_anchors,
+            "contrast_positives": contrast_positives,
+            "hard_only": hard_only,
+            "backend": backend,
+        }
+        self.gather_across_devices = gather_across_devices
+        self.last_stats: dict[str, Tensor] = {}
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """The mean loss of a batch, a scalar.
+
+        Args:
+            sentence_features: Features of each column, anchors first.
+            labels: (B, C) text ids.
+
+        Raises:
+            ConfigError: When there are no labels.
+            ShapeError: When the labels, or the batches of several processes, do not fit together.
+            StoreError: When a label is not in the store.
+            VectorError: When the student gives a vector that is zero or not finite.
+        """
+        columns = [self.model(features)["sentence_embedding"] for features in sentence_features]
+        return self._loss(columns, labels)
+
+    def _loss(self, columns: list[Tensor], labels: Tensor | None) -> Tensor:
+        """The mean loss of a batch from its columns' vectors, each (B, D)."""
+        ids = self._ids(columns, labels)
+        row_offset, num_rows = 0, len(columns[0])
+        if self.gather_across_devices:
+            columns, ids = self._gathered(columns, ids)
+            row_offset = num_rows * get_rank()
+        anchor, positive, negative = _roles(columns)
+        guide_anchor, guide_positive, guide_negative = _roles(_by_column(self.store.gather, ids))
+        anchor_ids, positive_ids, negative_ids = _roles(_by_column(self.store.identity, ids))
+        loss, stats = guided_contrastive_loss(
+            anchor, positive, negative,
+            guide_anchor=guide_anchor, guide_positive=guide_positive, guide_negative=guide_negative,
+            anchor_ids=anchor_ids, positive_ids=positive_ids, negative_ids=negative_ids,
+            row_offset=row_offset, num_rows=num_rows, return_stats=True, **self.options,
+        )  # fmt: skip
+        self.last_stats = stats.dropped
+        return loss
+
+    def _ids(self, columns: list[Tensor], labels: Tensor | None) -> Tensor:
+        """The labels as text ids, (B, C) int64, beside the columns' vectors.
+
+        Raises:
+            ConfigError: When there are none.
+            ShapeError: When they are not one whole number for each text.
+        """
+        if labels is None:
+            raise ConfigError(
+                f"{type(self).__name__} was given no labels: the dataset needs a column `label` with the "
+                "store's text ids of each row, as store.to_dataset() makes it"
+            )
+        num_rows, num_columns = len(columns[0]), len(columns)
+        if num_columns < 2 or labels.shape != (num_rows, num_columns) or labels.is_floating_point():
+            raise ShapeError(
+                f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}, the batch has {num_rows} "
+                f"rows of {num_columns} columns: give one text id for each column of a row, anchor first, "
+                "and at least an anchor and a positive"
+            )
+        return labels.to(columns[0].device, torch.int64)
+
+    def _gathered(self, columns: list[Tensor], ids: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Vectors, with their gradients, and ids of all processes, in the order of their ranks.
+
+        Raises:
+            ShapeError: When the batches of the processes cannot be joined.
+        """
+        # Gathering unequal batches hangs or mixes rows up, and ids of another store stand for other texts.
+        own = torch.tensor([[*ids.shape, int(self.store.fingerprint[:15], 16)]], device=ids.device)
+        if (all_gather(own) != own).any():
+            raise ShapeError(
+                f"this process has {len(ids)} rows of {len(columns)} columns from {self.store.path}, another "
+                "process has other numbers or another store: gather_across_devices needs equal batches from "
+                "one store, so set dataloader_drop_last=True and train on one dataset, or leave it off"
+            )
+        return [all_gather_with_grad(column) for column in columns], all_gather(ids)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, for the model card."""
+        return {
+            "guide": self.store.manifest.guide.name,
+            "store": self.store.fingerprint,
+            **self.options,
+            "gather_across_devices": self.gather_across_devices,
+        }
+
+    @property
+    def citation(self) -> str:
+        """The paper, as BibTeX."""
+        return """
+@misc{solatorio2024gistembed,
+    title={GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning},
+    author={Aivin V. Solatorio},
+    year={2024},
+    eprint={2402.16829},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG}
+}
+"""
+
+
+class CachedGISTLoss(CachedLossMixin, GISTLoss):
+    """`GISTLoss` for batches larger than the student's activations fit: embedded in mini-batches, twice.
+
+    The vectors of all mini-batches are made without a graph, the loss and its gradient are taken on them, and
+    each mini-batch is embedded again to carry its share of the gradient to the weights.
+
+    Source: GradCache, arXiv:2101.06983.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        store: GuideStore,
+        *,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Take the options of `GISTLoss`, and how much is embedded at once.
+
+        Args:
+            model: The student.
+            store: Guide vectors of every text that the dataset holds.
+            mini_batch_size: Texts embedded at once.
+            mini_batch_num_tokens: Tokens embedded at once, padding not counted; takes the place of
+                `mini_batch_size`.
+            **options: Those of `GISTLoss`.
+
+        Raises:
+            ConfigError: When an option is out of its range, or the model cannot embed a part of a batch.
+        """
+        super().__init__(model, store, **options)
+        sizes = {"mini_batch_size": mini_batch_size, "mini_batch_num_tokens": mini_batch_num_tokens}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ConfigError(f"{name} is {size}: give a whole number above 0")
+        if has_static_embedding_input(model):
+            raise ConfigError(
+                "the student begins with a StaticEmbedding, whose batches cannot be cut into mini-batches: "
+                "take GISTLoss"
+            )
+        self.mini_batch_size = mini_batch_size
+        self.mini_batch_num_tokens = mini_batch_num_tokens
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """The mean loss of a batch, a scalar whose backward pass embeds the mini-batches again."""
+        loss: Tensor = self.forward_cached(sentence_features, labels)
+        return loss
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The mean loss from the vectors of each column's mini-batches.
+
+        Args:
+            reps: For each column the vectors of its mini-batches, each (texts, D).
+            labels: (B, C) text ids.
+            with_backward: Whether to leave their gradients on the vectors, and return the loss detached.
+        """
+        loss = self._loss([torch.cat(column) for column in reps], labels)
+        if with_backward:
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss = loss.detach()
+        return loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, for the model card."""
+        return {
+            **super().get_config_dict(),
+            "mini_batch_size": self.mini_batch_size,
+            "mini_batch_num_tokens": self.mini_batch_num_tokens,
+        }
+
+
+def _by_column(look_up: Callable[[Tensor], Tensor], ids: Tensor) -> tuple[Tensor, ...]:
+    """What the store holds for the ids (B, C), one tensor of B rows for each column, on their device."""
+    return look_up(ids.cpu()).to(ids.device, non_blocking=True).unbind(1)
+
+
+def _roles(columns: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Anchors, positives, and all negatives in one, if there are any."""
+    anchor, positive, *negatives = columns
+    return anchor, positive, torch.cat(negatives) if negatives else None
