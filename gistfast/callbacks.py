@@ -1,0 +1,153 @@
+"""What watches a training run: the log file, trackers, the progress bar, and Ctrl-C."""
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from gistfast.errors import DependencyError
+from gistfast.progress import Bar, progress
+
+logger = logging.getLogger(__name__)
+
+_TRACKER_PACKAGES = {"tensorboard": "gistfast[trackers]", "wandb": "wandb", "trackio": "trackio"}
+
+
+def choose_trackers(names: Sequence[str] | None) -> tuple[str, ...]:
+    """The trackers to use: the named ones, or TensorBoard where it is installed when None.
+
+    Raises:
+        DependencyError: When a named tracker is not installed.
+    """
+    if names is None:
+        if find_spec("tensorboard") is not None:
+            return ("tensorboard",)
+        logger.info("TensorBoard is not installed: metrics.jsonl is the only log (`pip install gistfast[trackers]`)")
+        return ()
+    for name in names:
+        if find_spec(name) is None:
+            raise DependencyError(f"--trackers {name}: not installed: run `pip install {_TRACKER_PACKAGES[name]}`")
+    return tuple(names)
+
+
+def tensorboard_callback(folder: Path, first_step: int) -> TrainerCallback:
+    """A writer of TensorBoard's files; records after `first_step`, left by a killed run, are hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(log_dir=str(folder), purge_step=first_step + 1)
+    callback: TrainerCallback = TensorBoardCallback(writer)  # type: ignore[no-untyped-call]  # theirs is untyped
+    return callback
+
+
+class MetricsFile(TrainerCallback):
+    """Writes each record of the log as a line of JSON.
+
+    The trainer's own history is written first, so a resumed run continues the file at its checkpoint,
+    whatever the killed run wrote after it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin the file with what the trainer remembers."""
+        if state.is_world_process_zero:
+            self.path.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Append the latest record."""
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(state.log_history[-1]))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+class StepProgress(TrainerCallback):
+    """Shows the steps as they go by, with the loss and the share of positives dropped; used as a context."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar over the steps that are left."""
+        if state.is_world_process_zero:
+            steps_left = state.max_steps - state.global_step
+            self._bar = self._stack.enter_context(progress("training", total=steps_left, unit="steps"))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.advance()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put the loss beside the bar."""
+        if self._bar is not None and logs is not None and "loss" in logs:
+            self._bar.advance(0, note=f"loss {logs['loss']:.4f}, {logs.get('dropped/ap', 0.0):.1%} dropped")
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Turns the first Ctrl-C into a checkpoint after the step, the second into an interrupt; a context.
+
+    Attributes:
+        asked: Whether Ctrl-C was pressed.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: Callable[[int, FrameType | None], Any] | int | None = None
+
+    def __enter__(self) -> Self:
+        # Signals can be handled in the main thread alone; elsewhere Ctrl-C is the caller's affair.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        logger.info("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop when asked to."""
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
