@@ -1,0 +1,109 @@
+"""The command line: a thin skin over the functions of the stages.
+
+Nothing heavy is imported here, so that `--help` answers at once.
+"""
+
+import logging
+
+import typer
+from rich.text import Text
+
+from gistfast.cli.options import command, errors_in_one_line
+from gistfast.config import EvaluateSettings, PrecomputeSettings, QuickstartSettings, TrainSettings, to_dict
+from gistfast.progress import console
+
+app = typer.Typer(
+    help="Train small text-embedding models with a guide that runs only once.",
+    no_args_is_help=True,
+    add_completion=False,
+    # Rich tables would cut long flags short on a narrow terminal.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+# A benchmark reads its own options.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _precompute(settings: PrecomputeSettings) -> None:
+    from gistfast.stages.precompute import precompute
+
+    precompute(**to_dict(settings))
+
+
+def _train(settings: TrainSettings) -> None:
+    from gistfast.stages.train import train
+
+    train(**to_dict(settings))
+
+
+def _evaluate(settings: EvaluateSettings) -> None:
+    from gistfast.report import Panel, print_panels, scores_of
+    from gistfast.stages.evaluate import evaluate
+
+    print_panels([Panel(settings.model, {"score": scores_of(evaluate(**to_dict(settings)))})])
+
+
+def _quickstart(settings: QuickstartSettings) -> None:
+    from gistfast.demo.quickstart import quickstart
+
+    quickstart(**to_dict(settings))
+
+
+app.command("precompute")(command(PrecomputeSettings, _precompute))
+app.command("train")(command(TrainSettings, _train))
+app.command("evaluate")(command(EvaluateSettings, _evaluate))
+app.command("quickstart")(command(QuickstartSettings, _quickstart))
+
+
+@bench.command("loss", context_settings=_PASS_ON)
+def _bench_loss(context: typer.Context) -> None:
+    """Time and memory of the loss.
+
+    Options are those of the benchmark: `gistfast bench loss -- --help` lists them.
+    """
+    from gistfast.kernels.bench import main
+
+    with errors_in_one_line():
+        raise typer.Exit(main(context.args))
+
+
+@bench.command("gather", context_settings=_PASS_ON)
+def _bench_gather(context: typer.Context) -> None:
+    """Rows a second gathered from a mapped guide store.
+
+    Options are those of the benchmark: `gistfast bench gather -- --help` lists them.
+    """
+    from gistfast.store.bench import main
+
+    with errors_in_one_line():
+        raise typer.Exit(main(context.args))
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes log lines through the console of the bars, unwrapped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        style = "yellow" if record.levelno >= logging.WARNING else ""
+        console.print(Text(self.format(record), style=style), soft_wrap=True)
+
+
+def configure_logging() -> None:
+    """What gistfast says from information upwards, what others say from warnings upwards."""
+    handler = ConsoleHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("gistfast").setLevel(logging.INFO)
+
+
+def main() -> None:
+    """Entry point of the `gistfast` command."""
+    configure_logging()
+    app(prog_name="gistfast")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The quickstart: the three stages on text and models that come with the install."""

@@ -1,0 +1,109 @@
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from gistfast.cli.main import app
+from gistfast.cli.options import command
+from gistfast.config import EvaluateSettings, PrecomputeSettings, QuickstartSettings, TrainSettings
+from gistfast.errors import ConfigError, StoreError
+from gistfast.settings import Settings, argument, comma_separated, flag_of, setting
+
+COMMANDS = {
+    "precompute": PrecomputeSettings,
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+    "quickstart": QuickstartSettings,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small(Settings):
+    about = "Try every kind of option."
+    when_stopped = "stopped: call again"
+
+    place: str = argument("Where.")
+    ratio: float = setting(0.5, "A share.", at_least=0, at_most=1)
+    kind: Literal["a", "b"] | None = setting(None, "A choice.")
+    on: bool = setting(True, "A switch that is on.")
+    off: bool = setting(False, "A switch that is off.")
+    names: tuple[str, ...] = setting(("x",), "Several names.", parse=comma_separated)
+
+
+def invoke(run: object, *arguments: str) -> tuple[int, str]:
+    small = typer.Typer()
+    small.command()(command(Small, run))  # type: ignore[arg-type]
+    result = CliRunner().invoke(small, list(arguments))
+    return result.exit_code, result.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_setting(name: str) -> None:
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0
+    for item in fields(COMMANDS[name]):
+        assert flag_of(item) in result.output
+
+
+def test_command_line_builds_the_settings() -> None:
+    seen: list[Small] = []
+    arguments = ["here", "--ratio", "0.25", "--kind", "b", "--no-on", "--off", "--names", "y,z"]
+    assert invoke(seen.append, *arguments)[0] == 0
+    assert seen == [Small(place="here", ratio=0.25, kind="b", on=False, off=True, names=("y", "z"))]
+
+
+def test_left_out_options_take_the_defaults() -> None:
+    seen: list[Small] = []
+    invoke(seen.append, "here")
+    assert seen == [Small(place="here")]
+
+
+def test_bad_setting_is_one_line_and_exit_code_2() -> None:
+    code, said = invoke(print, "here", "--ratio", "2")
+    assert (code, said) == (2, "gistfast: --ratio must be at most 1, found 2.0\n")
+
+
+@pytest.mark.parametrize(("error", "code"), [(StoreError("no store"), 1), (ConfigError("no"), 2)])
+def test_refusal_is_one_line_and_its_exit_code(error: Exception, code: int) -> None:
+    def refuse(settings: Small) -> None:
+        raise error
+
+    assert invoke(refuse, "here") == (code, f"gistfast: {error}\n")
+
+
+def test_interrupt_is_one_line_that_says_how_to_go_on() -> None:
+    def interrupt(settings: Small) -> None:
+        raise KeyboardInterrupt
+
+    assert invoke(interrupt, "here") == (130, "gistfast: stopped: call again\n")
+
+
+def test_bug_keeps_its_traceback() -> None:
+    def fail(settings: Small) -> None:
+        raise RuntimeError("a bug")
+
+    small = typer.Typer()
+    small.command()(command(Small, fail))
+    assert isinstance(CliRunner().invoke(small, ["here"]).exception, RuntimeError)
+
+
+def test_missing_option_is_named() -> None:
+    result = CliRunner().invoke(app, ["precompute", "pairs.jsonl", "--out", "store"])
+    assert result.exit_code == 2
+    assert "Missing option '--guide'" in result.output + result.stderr
+
+
+@pytest.mark.parametrize("arguments", ["", *COMMANDS, "bench", "bench loss", "bench gather"])
+def test_help_needs_no_heavy_import(arguments: str) -> None:
+    heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'numpy', 'faiss', 'matplotlib'}"
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom gistfast.cli.main import app\n"
+        f"assert CliRunner().invoke(app, '{arguments} --help').exit_code == 0\n"
+        f"print({heavy} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
