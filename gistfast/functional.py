@@ -138,6 +138,8 @@ def guided_contrastive_loss(  # type: ignore[misc]
     check_rows(row_offset, num_rows, len(anchor))
     guides = guide_columns(students, [guide_anchor, guide_positive, guide_negative])
     ids = id_columns(students, [anchor_ids, positive_ids, negative_ids])
+    if negative is not None and len(negative) == 0:  # checked like any, and then no role at all
+        students, guides, ids = students[:2], guides[:2], ids[:2]
     chosen = choose_backend(backend, anchor)
     wide = wide_dtype(students)
     scalar = torch.as_tensor(temperature, dtype=wide, device=anchor.device)

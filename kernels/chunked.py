@@ -77,9 +77,10 @@ def gradients(prepared: Prepared, total: Tensor, weight: Tensor, factor: Tensor)
     anchors, positives = _own_rows(layout, prepared.options)
     total[anchors].addcmul_(weight[:, None], unit[positives], value=-1)
     total[positives].addcmul_(weight[:, None], unit[anchors], value=-1)
-    total.addcmul_((total * unit).sum(-1, keepdim=True), unit, value=-1).mul_(factor)
+    along = torch.linalg.vecdot(total, unit)[:, None]
+    total.addcmul_(along, unit, value=-1).mul_(factor)
     lengths = prepared.lengths["student"]
-    return [total[role] / length[:, None] for role, length in zip(layout.roles, lengths, strict=True)]
+    return [total[role].div_(length[:, None]) for role, length in zip(layout.roles, lengths, strict=True)]
 
 
 def _fill_with_scores(prepared: Prepared, first: int, e: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def _unit_stack(vectors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The roles' vectors at length 1, stacked, and the lengths they had; fp32 at least."""
     stack = torch.cat([role.to(wide_dtype(vectors)) for role in vectors])
     lengths = torch.linalg.vector_norm(stack, dim=1)
-    return stack / lengths[:, None], list(lengths.split([len(role) for role in vectors]))
+    return stack.div_(lengths[:, None]), list(torch.split(lengths, [len(role) for role in vectors]))
 
 
 def _own_rows(layout: Layout, options: Options) -> tuple[slice, slice]:

@@ -14,7 +14,7 @@ taken, D student width, G guide width. kernels/README.md derives the formulas.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,7 +22,11 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-LEAST_BUDGET_MIB = 32
+LEAST_BUDGET_MIB = 32  # of a card
+CPU_BUDGET_MIB = 4  # what caches hold; no fewer rows than make a good matrix product, though
+CPU_ROWS = 128
+
+_announced: set[tuple[int, str]] = set()  # budgets already logged
 
 
 @dataclass(frozen=True)
@@ -275,35 +279,30 @@ def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def rows_per_chunk(num_rows: int, layout: Layout, e_itemsize: int, chunk_bytes: int, device: torch.device) -> int:
-    """Rows of E that fit into `chunk_bytes`, or into a budget chosen by the free memory when that is 0."""
+    """Rows of E that fit into `chunk_bytes`, or into a budget chosen by the device when that is 0."""
     row_bytes = layout.e_columns * e_itemsize
-    if chunk_bytes == 0:
-        # To ask a card for its free memory takes longer than a small batch.
-        chunk_bytes = (
-            LEAST_BUDGET_MIB << 20 if num_rows * row_bytes <= LEAST_BUDGET_MIB << 20 else _budget_bytes(device)
-        )
-    rows = max(1, chunk_bytes // row_bytes)
+    if chunk_bytes == 0 and device.type != "cuda":
+        rows = max(CPU_ROWS, (CPU_BUDGET_MIB << 20) // row_bytes)
+    elif chunk_bytes == 0 and num_rows * row_bytes <= LEAST_BUDGET_MIB << 20:
+        return num_rows  # to ask a card for its free memory takes longer than a small batch
+    else:
+        rows = max(1, (chunk_bytes or _budget_bytes(device)) // row_bytes)
     if rows >= num_rows:
         return num_rows
     return rows // 128 * 128 if rows >= 128 else rows
 
 
 def _budget_bytes(device: torch.device) -> int:
-    """A sixteenth of a card's free memory, as a power of two up to 2 GiB; the least on a CPU, whose caches are small.
+    """A sixteenth of a card's free memory, as a power of two of 32 MiB to 2 GiB; each budget is logged once.
 
     A power of two, so that small changes of the free memory do not change the chunks, and with them the last bits.
     """
-    if device.type != "cuda":
-        return _announced_bytes(LEAST_BUDGET_MIB, str(device))
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     mib = max(1, free // 16 >> 20)
-    return _announced_bytes(min(2048, max(LEAST_BUDGET_MIB, 1 << (mib.bit_length() - 1))), str(device))
-
-
-@cache
-def _announced_bytes(mib: int, device: str) -> int:
-    """`mib` in bytes; each budget is logged once."""
-    logger.info("guided loss: score tiles take up to %d MiB at a time on %s", mib, device)
+    mib = min(2048, max(LEAST_BUDGET_MIB, 1 << (mib.bit_length() - 1)))
+    if (mib, str(device)) not in _announced:
+        _announced.add((mib, str(device)))
+        logger.info("guided loss: score tiles take up to %d MiB at a time on %s, by its free memory", mib, device)
     return mib << 20
 
 

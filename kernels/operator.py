@@ -183,7 +183,8 @@ def _operator(
     )  # fmt: skip
     result = _run(vectors, guide, ids, temperature, row_weights, settings)
     on_temperature = temperature.new_empty(0) if result.on_temperature is None else result.on_temperature
-    return result.losses.mean() if mean else result.losses, result.kept, result.top, on_temperature, result.on_vectors
+    on_vectors = [gradient.clone() for gradient in result.on_vectors]  # an operator's outputs may not share memory
+    return result.losses.mean() if mean else result.losses, result.kept, result.top, on_temperature, on_vectors
 
 
 @_operator.register_fake

@@ -183,6 +183,8 @@ def test_memory_is_that_of_the_vectors_and_one_chunk() -> None:
     assert all(role.grad is not None for role in student)
 
 
+# torch 2.11's own compiler still uses torch.jit, which it calls deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_compiled_whole_it_gives_the_same() -> None:
     batch = on_card(129, 37, 64, 64, dtype=torch.float16)
     eager = outcome(batch, "auto", temperature=0.05)
