@@ -236,9 +236,7 @@ def test_option_out_of_range_is_refused(changes: dict[str, Any], error: type[Exc
 
 
 def test_automatic_choice_is_made_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    # Whatever was said before in this process counts as unsaid.
-    for value in vars(functional).values():
-        getattr(value, "cache_clear", lambda: None)()
+    functional._announced.clear()  # whatever was said before in this process counts as unsaid
     batch = make_batch(3).to(torch.float32)
     with caplog.at_level(logging.INFO, logger="gistfast.functional"):
         automatic, chunked = outcome(batch, "auto"), outcome(batch, "chunked")

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentence_transformers
 import torch
 from loss_cases import Batch, make_batch, outcome
+from packaging import version
 from torch import Tensor
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "gistembed_golden.json").read_text(encoding="utf-8"))
@@ -114,5 +116,7 @@ def test_equal_to_sentence_transformers(
     loss, gradient = theirs(batch, 2 + num_negatives, cached, **options)
     found = outcome(batch, backend, **{"temperature": 0.01, **options})
     assert float(found.loss) == pytest.approx(float(loss), rel=1e-9)
-    assert torch.allclose(torch.cat(found.gradients), gradient, rtol=0, atol=1e-9 * float(gradient.abs().max()))
+    # Before 6.2 their cached loss carries gradients in fp32, whatever the vectors are.
+    close = 1e-6 if cached and version.parse(sentence_transformers.__version__) < version.parse("6.2") else 1e-9
+    assert torch.allclose(torch.cat(found.gradients), gradient, rtol=0, atol=close * float(gradient.abs().max()))
     assert any(0 < float(share) < 1 for share in found.stats.dropped.values())
