@@ -24,6 +24,7 @@ def draw(path: Path, out: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "gistfast"  # the same rows, the same file
     groups: dict[tuple[str, str, str, str], dict[str, dict[int, dict[str, str]]]] = defaultdict(
         lambda: defaultdict(dict)
     )
