@@ -142,7 +142,7 @@ class TrainSettings(Settings):
     student_revision: str | None = setting(None, "Revision of a student from the hub.")
     trust_remote_code: bool = setting(False, "Run code that comes with the student. Only for models you trust.")
 
-    logging_steps: int = setting(10, "Steps between two lines of the log.", at_least=1)
+    logging_steps: int = setting(1, "Steps between two lines of the log.", at_least=1)
     eval_steps: int = setting(0, "Steps between two evaluations on the held-out rows; 0 for none.", at_least=0)
     save_steps: int = setting(500, "Steps between two checkpoints; 0 for none but at Ctrl-C.", at_least=0)
     save_total_limit: int = setting(2, "Checkpoints to keep.", at_least=1)
