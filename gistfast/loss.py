@@ -115,7 +115,7 @@ class GISTLoss(nn.Module):
             row_offset = num_rows * get_rank()
         anchor, positive, negative = _roles(columns)
         guide_anchor, guide_positive, guide_negative = _roles(_by_column(self.store.gather, ids))
-        anchor_ids, positive_ids, negative_ids = _roles(_by_column(self.store.identity, ids))
+        anchor_ids, positive_ids, negative_ids = _roles(_by_column(self._text_identity, ids))
         loss, stats = guided_contrastive_loss(
             anchor, positive, negative,
             guide_anchor=guide_anchor, guide_positive=guide_positive, guide_negative=guide_negative,
@@ -161,6 +161,11 @@ class GISTLoss(nn.Module):
                 "one store, so set dataloader_drop_last=True and train on one dataset, or leave it off"
             )
         return [all_gather_with_grad(column) for column in columns], all_gather(ids)
+
+    def _text_identity(self, ids: Tensor) -> Tensor:
+        """Which text each entry is, as int32 where the store's entries can be counted in it: the kernel wants those."""
+        identity = self.store.identity(ids)
+        return identity.int() if self.store.num_texts < 2**31 else identity
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
