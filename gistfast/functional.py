@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gistfast.errors import ConfigError, VectorError
 from gistfast.kernels import operator
-from gistfast.kernels.fused import Layout, wide_dtype
+from gistfast.kernels.fused import Layout, Settings, wide_dtype
 from gistfast.kernels.reference import guided_contrastive_reference
 from gistfast.loss_inputs import check_options, check_rows, guide_columns, id_columns, vector_columns
 
@@ -154,7 +154,7 @@ def guided_contrastive_loss(  # type: ignore[misc]
             loss = losses.mean() if mean else losses
         else:
             wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*students, scalar))
-            settings = operator.Settings(
+            settings = Settings(
                 row_offset, num_rows, float(margin), relative, contrast_anchors, contrast_positives, hard_only,
                 half=torch.is_autocast_enabled(anchor.device.type),
                 lowest_temperature=0.0 if isinstance(temperature, Tensor) else float(temperature),

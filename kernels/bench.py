@@ -172,12 +172,12 @@ def _ours(backend: str, *tensors: "torch.Tensor") -> "torch.Tensor":
     """Our loss by `backend`, without text ids, as the others have none."""
     import torch
 
-    from gistfast.kernels import baselines, operator
+    from gistfast.kernels import baselines, fused, operator
 
     vectors, guide = list(tensors[:2]), list(tensors[2:])
     anchor = vectors[0]
     ids = list(torch.arange(2 * len(anchor), dtype=torch.int32, device=anchor.device).split(len(anchor)))
-    settings = operator.Settings(
+    settings = fused.Settings(
         0,
         len(anchor),
         0.0,

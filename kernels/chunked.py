@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gistfast.kernels.fused import Layout, Options, Rows, wide_dtype
+from gistfast.kernels.fused import Layout, Rows, Settings, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Prepared:
     lengths: dict[str, list[Tensor]]
     unusable: Tensor
     layout: Layout
-    options: Options
+    settings: Settings
 
 
 def alignment(device: torch.device) -> int:
@@ -31,21 +31,21 @@ def alignment(device: torch.device) -> int:
 
 def prepare(
     vectors: Sequence[Tensor], guide: Sequence[Tensor], ids: Sequence[Tensor], temperature: Tensor, layout: Layout,
-    options: Options,
+    settings: Settings,
 ) -> Prepared:  # fmt: skip
     """Unit vectors, in fp32 at least: this backend gains nothing by half precision."""
     unit, lengths = _unit_stack(vectors)
-    own = _own_products(unit, layout, options)
+    own = _own_products(unit, layout, settings)
     unit_guide, threshold = None, None
     guide_lengths: list[Tensor] = []
     if guide:
         unit_guide, guide_lengths = _unit_stack(guide)
-        own_guide = _own_products(unit_guide, layout, options)
-        threshold = own_guide - (own_guide.abs() * options.margin if options.relative else options.margin)
+        own_guide = _own_products(unit_guide, layout, settings)
+        threshold = own_guide - (own_guide.abs() * settings.margin if settings.relative else settings.margin)
     every = torch.cat(lengths + guide_lengths)
     unusable = ~((every > 0) & (every < torch.inf)).all()
     all_lengths = {"student": lengths, "guide": guide_lengths}
-    return Prepared(unit, unit_guide, torch.cat(list(ids)), own, threshold, all_lengths, unusable, layout, options)
+    return Prepared(unit, unit_guide, torch.cat(list(ids)), own, threshold, all_lengths, unusable, layout, settings)
 
 
 def rows(
@@ -65,7 +65,7 @@ def rows(
     weight = torch.sigmoid(gap) if weights is None else torch.sigmoid(gap) * weights
     share = torch.where(total > 0, weight / total, 0.0)
     slope = None
-    if prepared.options.learn_temperature:
+    if prepared.settings.learn_temperature:
         # The sum of E s, from s = T log E + highest: E log E is 0 where E is.
         slope = share * (torch.xlogy(e, e).sum(1) / inverse_t + total * highest) - weight * own
     return Rows(-torch.nn.functional.logsigmoid(-gap), share, weight, slope, top, kept)
@@ -74,7 +74,7 @@ def rows(
 def gradients(prepared: Prepared, total: Tensor, weight: Tensor, factor: Tensor) -> list[Tensor]:
     """Gradients on the vectors of each role: what lies along a vector goes, the rest is over its length."""
     unit, layout = prepared.operand, prepared.layout
-    anchors, positives = _own_rows(layout, prepared.options)
+    anchors, positives = _own_rows(layout, prepared.settings)
     total[anchors].addcmul_(weight[:, None], unit[positives], value=-1)
     total[positives].addcmul_(weight[:, None], unit[anchors], value=-1)
     along = torch.linalg.vecdot(total, unit)[:, None]
@@ -85,8 +85,8 @@ def gradients(prepared: Prepared, total: Tensor, weight: Tensor, factor: Tensor)
 
 def _fill_with_scores(prepared: Prepared, first: int, e: Tensor) -> Tensor:
     """Write the scores of a chunk of rows into `e`, -inf where dropped; returns the candidates kept in each block."""
-    options, layout, ids = prepared.options, prepared.layout, prepared.ids
-    start, end = options.row_offset + first, options.row_offset + first + len(e)
+    settings, layout, ids = prepared.settings, prepared.layout, prepared.ids
+    start, end = settings.row_offset + first, settings.row_offset + first + len(e)
     anchor_id = ids[start:end, None]
     positive_id = ids[layout.first_positive + start : layout.first_positive + end, None]
     kept = []
@@ -99,7 +99,7 @@ def _fill_with_scores(prepared: Prepared, first: int, e: Tensor) -> Tensor:
             del guide_scores
         scores = e[:, block.first + block.e_shift : block.end + block.e_shift]
         torch.mm(prepared.operand[rows], prepared.operand[columns].T, out=scores)
-        if options.hard_only:
+        if settings.hard_only:
             dropped.logical_or_(scores < prepared.own[first : first + len(e), None])
         scores.masked_fill_(dropped, -torch.inf)
         kept.append(dropped.numel() - dropped.sum())
@@ -113,13 +113,13 @@ def _unit_stack(vectors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return stack.div_(lengths[:, None]), list(torch.split(lengths, [len(role) for role in vectors]))
 
 
-def _own_rows(layout: Layout, options: Options) -> tuple[slice, slice]:
+def _own_rows(layout: Layout, settings: Settings) -> tuple[slice, slice]:
     """Where the anchors and the positives whose loss is taken lie in the stack."""
-    start, end = options.row_offset, options.row_offset + options.num_rows
+    start, end = settings.row_offset, settings.row_offset + settings.num_rows
     return slice(start, end), slice(layout.first_positive + start, layout.first_positive + end)
 
 
-def _own_products(unit: Tensor, layout: Layout, options: Options) -> Tensor:
+def _own_products(unit: Tensor, layout: Layout, settings: Settings) -> Tensor:
     """Each row's product of anchor and positive, (R,)."""
-    anchors, positives = _own_rows(layout, options)
+    anchors, positives = _own_rows(layout, settings)
     return (unit[anchors] * unit[positives]).sum(-1)

@@ -102,28 +102,33 @@ class Block(NamedTuple):
     e_shift: int
 
 
-@dataclass(frozen=True)
-class Options:
-    """What shapes the loss, and what is wanted of it.
-
-    The first five are those of `gistfast.guided_contrastive_loss`.
+class Settings(NamedTuple):
+    """What shapes the loss, and what is wanted of it; the first seven are those of `gistfast.guided_contrastive_loss`.
 
     Attributes:
         half: Take scores in half precision although the vectors are wider.
         lowest_temperature: What the temperature is known to be no lower than; 0 when it is not known.
         with_gradients: Whether gradients are wanted.
         learn_temperature: Whether that on the temperature is, too.
+        mean: The mean over the rows rather than a loss for each.
+        chunk_bytes: Budget of E; 0 chooses.
+        backend: "triton" or "chunked".
     """
 
     row_offset: int
     num_rows: int
     margin: float
     relative: bool
+    contrast_anchors: bool
+    contrast_positives: bool
     hard_only: bool
-    half: bool = False
-    lowest_temperature: float = 0.0
-    with_gradients: bool = True
-    learn_temperature: bool = True
+    half: bool
+    lowest_temperature: float
+    with_gradients: bool
+    learn_temperature: bool
+    mean: bool
+    chunk_bytes: int
+    backend: str
 
 
 class Rows(NamedTuple):
@@ -149,7 +154,7 @@ class Backend(Protocol):
 
     def prepare(
         self, vectors: Sequence[Tensor], guide: Sequence[Tensor], ids: Sequence[Tensor], temperature: Tensor,
-        layout: Layout, options: Options,
+        layout: Layout, settings: Settings,
     ) -> Any:  # fmt: skip
         """Unit vectors of the roles, stacked, with all that a row is judged by.
 
@@ -188,11 +193,10 @@ def loss_and_gradients(
     ids: Sequence[Tensor],
     temperature: Tensor,
     layout: Layout,
-    options: Options,
+    settings: Settings,
     backend: Backend,
     *,
     row_weights: Tensor | None,
-    chunk_bytes: int,
 ) -> Result:
     """Losses of the rows and, if wanted, the gradients of their weighted sum.
 
@@ -202,32 +206,31 @@ def loss_and_gradients(
         ids: Text ids of each role.
         temperature: Scalar tensor, fp32 or fp64.
         layout: Which rows meet which columns.
-        options: What shapes the loss.
+        settings: What shapes the loss.
         backend: Who makes the tiles.
         row_weights: (R,) weight of each row's loss in the gradients; None for the mean.
-        chunk_bytes: Budget of E; 0 chooses.
     """
-    prepared = backend.prepare(vectors, guide, ids, temperature, layout, options)
+    prepared = backend.prepare(vectors, guide, ids, temperature, layout, settings)
     operand = prepared.operand
-    chunk = rows_per_chunk(options.num_rows, layout, operand.dtype.itemsize, chunk_bytes, operand.device)
-    e = operand.new_empty((chunk, layout.e_columns)) if options.with_gradients else None
+    chunk = rows_per_chunk(settings.num_rows, layout, operand.dtype.itemsize, settings.chunk_bytes, operand.device)
+    e = operand.new_empty((chunk, layout.e_columns)) if settings.with_gradients else None
     scale = None if row_weights is None else row_weights.abs().amax().clamp_min(1e-30)
     weights = None if row_weights is None or scale is None else row_weights / scale
-    total = temperature.new_zeros(operand.shape) if options.with_gradients else None
+    total = temperature.new_zeros(operand.shape) if settings.with_gradients else None
     chunks = []
-    for start in range(0, options.num_rows, chunk):
-        size = min(chunk, options.num_rows - start)
+    for start in range(0, settings.num_rows, chunk):
+        size = min(chunk, settings.num_rows - start)
         part = None if e is None else e[:size]
         part_weights = None if weights is None else weights[start : start + size]
         rows = backend.rows(prepared, start, size, temperature, part_weights, part)
         chunks.append(rows)
         if total is not None and part is not None:
-            _add_gradients(total, part, operand, rows.share, layout, options.row_offset + start)
+            _add_gradients(total, part, operand, rows.share, layout, settings.row_offset + start)
     rows = chunks[0] if len(chunks) == 1 else _joined(chunks)
     result = Result(rows.losses, rows.top, rows.kept, prepared.lengths, prepared.unusable, [], None)
     if total is not None:
         inverse_t = temperature.reciprocal()
-        factor = inverse_t * (1.0 / options.num_rows if scale is None else scale)
+        factor = inverse_t * (1.0 / settings.num_rows if scale is None else scale)
         result.on_vectors = backend.gradients(prepared, total, rows.weight, factor)
         if rows.slope is not None:
             result.on_temperature = -rows.slope.sum() * inverse_t * factor

@@ -3,13 +3,16 @@
 Shapes: B anchors, M negatives, K = 2B + M, R rows whose loss is taken, D student width, G guide width.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gistfast.kernels import chunked, fused
+from gistfast.kernels.fused import Settings
+
+Gradients = tuple[list[Tensor], Tensor | None]  # on the vectors of each role, and on the temperature if wanted
 
 
 class UnusableVectorError(ValueError):
@@ -33,7 +36,7 @@ def refuse_unusable(lengths: dict[str, list[Tensor]]) -> None:
 
 
 def guided_contrastive(
-    vectors: list[Tensor], guide: list[Tensor], ids: list[Tensor], temperature: Tensor, settings: "Settings"
+    vectors: list[Tensor], guide: list[Tensor], ids: list[Tensor], temperature: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (a scalar or (R,)), candidates kept in each block, and the highest kept score of each row (R,).
 
@@ -56,29 +59,6 @@ def guided_contrastive(
     return result
 
 
-class Settings(NamedTuple):
-    """The scalars of a loss; the first six as in `fused.Options` and `fused.Layout`.
-
-    `half`, `lowest_temperature`, `with_gradients`, `learn_temperature`: see `fused.Options`. `mean`: the mean over rows
-    rather than a loss for each. `chunk_bytes`: budget of score tiles, 0 to choose. `backend`: "triton" or "chunked".
-    """
-
-    row_offset: int
-    num_rows: int
-    margin: float
-    relative: bool
-    contrast_anchors: bool
-    contrast_positives: bool
-    hard_only: bool
-    half: bool
-    lowest_temperature: float
-    with_gradients: bool
-    learn_temperature: bool
-    mean: bool
-    chunk_bytes: int
-    backend: str
-
-
 def _run(
     vectors: Sequence[Tensor], guide: Sequence[Tensor], ids: Sequence[Tensor], temperature: Tensor,
     row_weights: Tensor | None, settings: Settings,
@@ -90,14 +70,9 @@ def _run(
         len(vectors[0]), num_negatives, settings.contrast_anchors, settings.contrast_positives,
         backend.alignment(vectors[0].device),
     )  # fmt: skip
-    options = fused.Options(
-        settings.row_offset, settings.num_rows, settings.margin, settings.relative, settings.hard_only, settings.half,
-        settings.lowest_temperature, settings.with_gradients, settings.learn_temperature,
-    )  # fmt: skip
     with torch.autocast(vectors[0].device.type, enabled=False):
         result = fused.loss_and_gradients(
-            vectors, guide, ids, temperature, layout, options, backend,
-            row_weights=row_weights, chunk_bytes=settings.chunk_bytes,
+            vectors, guide, ids, temperature, layout, settings, backend, row_weights=row_weights
         )  # fmt: skip
     # Last, because it waits for the device: everything else is under way by now.
     if bool(result.unusable):
@@ -136,7 +111,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         """Gradients on temperature and vectors."""
-        on_vectors, on_temperature = _gradients(ctx, grad_loss)
+        on_vectors, on_temperature = _gradients(ctx, grad_loss, _run_again)
         num_roles, num_guides = ctx.counts
         return None, None, None, on_temperature, *on_vectors, *[None] * (num_guides + num_roles)
 
@@ -149,24 +124,29 @@ def _split(
     return tensors[:first], tensors[first:second], tensors[second : second + first]
 
 
-def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[list[Tensor], Tensor | None]:
+def _gradients(ctx: Any, grad_loss: Tensor, run_again: Callable[..., Gradients]) -> Gradients:
     """Gradients on vectors and temperature: those of the forward pass, or made now that the rows' weights are known."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "guided_contrastive_loss takes its gradient in the forward pass and cannot be differentiated twice: "
             "call backward without create_graph, or use backend='reference'"
         )
-    settings, num_roles = ctx.settings, ctx.counts[0]
-    if settings.mean:
+    if ctx.settings.mean:
         scaled = [gradient * grad_loss for gradient in ctx.saved_tensors]
-        on_vectors, on_temperature = scaled[:num_roles], (scaled[num_roles:] or [None])[0]
+        on_vectors, on_temperature = scaled[: ctx.counts[0]], (scaled[ctx.counts[0] :] or [None])[0]
     else:
         *tensors, temperature = ctx.saved_tensors
-        settings = settings._replace(with_gradients=True)
-        result = _run(*_split(tensors, ctx.counts), temperature, grad_loss.contiguous(), settings)
-        on_vectors, on_temperature = result.on_vectors, result.on_temperature
+        settings = ctx.settings._replace(with_gradients=True)
+        columns = map(list, _split(tensors, ctx.counts))
+        on_vectors, on_temperature = run_again(*columns, temperature, grad_loss.contiguous(), settings)
     on_vectors = [gradient.to(dtype) for gradient, dtype in zip(on_vectors, ctx.dtypes, strict=False)]
     return on_vectors, None if on_temperature is None else on_temperature.to(ctx.dtypes[-1])
+
+
+def _run_again(*arguments: Any) -> Gradients:
+    """The gradients of `_run`."""
+    result = _run(*arguments)
+    return result.on_vectors, result.on_temperature
 
 
 @torch.library.custom_op("gistfast::guided_contrastive", mutates_args=())
@@ -220,21 +200,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     """Gradients in the order of the operator's inputs."""
-    on_vectors, on_temperature = _gradients_traced(ctx, grad_loss)
+    on_vectors, on_temperature = _gradients(ctx, grad_loss, _operate_again)
     num_roles, num_guides = ctx.counts
     return on_vectors, [None] * num_guides, [None] * num_roles, on_temperature, *[None] * (1 + len(ctx.settings))
 
 
-def _gradients_traced(ctx: Any, grad_loss: Tensor) -> tuple[list[Tensor], Tensor | None]:
-    """As `_gradients`, by the operator where it has to run again."""
-    if ctx.settings.mean:
-        return _gradients(ctx, grad_loss)
-    *tensors, temperature = ctx.saved_tensors
-    settings = ctx.settings._replace(with_gradients=True)
-    vectors, guide, ids = map(list, _split(tensors, ctx.counts))
-    *_, on_temperature, on_vectors = _operator(vectors, guide, ids, temperature, grad_loss.contiguous(), *settings)
-    on_vectors = [gradient.to(dtype) for gradient, dtype in zip(on_vectors, ctx.dtypes, strict=False)]
-    return on_vectors, on_temperature.to(ctx.dtypes[-1]) if settings.learn_temperature else None
+def _operate_again(*arguments: Any) -> Gradients:
+    """The gradients of the operator, which a trace of the backward pass holds as such."""
+    *tensors, settings = arguments
+    *_, on_temperature, on_vectors = _operator(*tensors, *settings)
+    return on_vectors, on_temperature if settings.learn_temperature else None
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gistfast.kernels.exp_tiles import LENGTH, Sums, device_capability, exp_tiles, tile_shape
-from gistfast.kernels.fused import Layout, Options, Rows
+from gistfast.kernels.fused import Layout, Rows, Settings
 
 ROWS = 128  # rows a program of the small kernels takes
 ALIGN_WIDTH = 64  # a multiple of every BLOCK_K
@@ -44,7 +44,7 @@ class Prepared:
         lengths: Lengths that vectors had.
         unusable: 1 if one of them is zero or not finite, else 0.
         layout: Which rows meet which columns.
-        options: What shapes the loss.
+        settings: What shapes the loss.
     """
 
     operand: Tensor
@@ -57,7 +57,7 @@ class Prepared:
     lengths: dict[str, list[Tensor]]
     unusable: Tensor
     layout: Layout
-    options: Options
+    settings: Settings
 
 
 def alignment(device: torch.device) -> int:
@@ -67,10 +67,10 @@ def alignment(device: torch.device) -> int:
 
 def prepare(
     vectors: Sequence[Tensor], guide: Sequence[Tensor], ids: Sequence[Tensor], temperature: Tensor, layout: Layout,
-    options: Options,
+    settings: Settings,
 ) -> Prepared:  # fmt: skip
     """Unit vectors of the roles, stacked in fp16 (split where they are wider), own scores and thresholds."""
-    split = not options.half and any(role.dtype not in _HALF for role in vectors)
+    split = not settings.half and any(role.dtype not in _HALF for role in vectors)
     guide_split = any(role.dtype not in _HALF for role in guide)
     width, guide_width = _padded(vectors[0].shape[1]), _padded(guide[0].shape[1]) if guide else ALIGN_WIDTH
     new = vectors[0].new_empty
@@ -98,17 +98,17 @@ def prepare(
         lengths["student"].append(sizes[0])
         if guide:
             lengths["guide"].append(sizes[1])
-    terms = new((3, options.num_rows), dtype=torch.float32)
-    _own_terms[(triton.cdiv(options.num_rows, 16),)](
-        left, right, temperature, terms, options.row_offset, layout.first_positive, options.num_rows, options.margin,
+    terms = new((3, settings.num_rows), dtype=torch.float32)
+    _own_terms[(triton.cdiv(settings.num_rows, 16),)](
+        left, right, temperature, terms, settings.row_offset, layout.first_positive, settings.num_rows, settings.margin,
         HIGHEST_EXPONENT,
-        GUIDE_WIDTH=guide_width * guide_parts, STRIDE=stride, GUIDED=bool(guide), RELATIVE=options.relative,
+        GUIDE_WIDTH=guide_width * guide_parts, STRIDE=stride, GUIDED=bool(guide), RELATIVE=settings.relative,
         SQUARE=LENGTH**2, ROWS=16,
     )  # fmt: skip
-    guide_columns = guide_width * guide_parts
     return Prepared(
-        operand, left, right, guide_columns, vectors[0].shape[1], stacked_ids, terms, lengths, unusable, layout, options
-    )
+        operand, left, right, guide_width * guide_parts, vectors[0].shape[1], stacked_ids, terms, lengths, unusable,
+        layout, settings,
+    )  # fmt: skip
 
 
 def rows(
@@ -119,7 +119,7 @@ def rows(
     At a low temperature all candidates of a row can lie so far below its ref that they underflow; such rows are done
     again with their highest score as ref.
     """
-    options, layout = prepared.options, prepared.layout
+    settings, layout = prepared.settings, prepared.layout
     own, threshold, ref = prepared.terms[:, first : first + num_rows]
     share, weight, slope = own.new_empty((3, num_rows))
     losses, top = torch.empty_like(share), torch.empty_like(share)
@@ -129,13 +129,13 @@ def rows(
     def run(lost: Tensor | None, sums: Sums | None) -> Sums:
         return exp_tiles(
             prepared.left, prepared.right, prepared.guide_width, prepared.ids, threshold, ref, own, temperature, e,
-            blocks, first_row=options.row_offset + first, first_positive=layout.first_positive,
-            hard_only=options.hard_only, lost=lost, sums=sums,
+            blocks, first_row=settings.row_offset + first, first_positive=layout.first_positive,
+            hard_only=settings.hard_only, lost=lost, sums=sums,
         )  # fmt: skip
 
     sums = run(None, None)
     pieces = sums.total.shape[0] * sums.total.shape[1]
-    if options.lowest_temperature < SAFE_TEMPERATURE:
+    if settings.lowest_temperature < SAFE_TEMPERATURE:
         lost = torch.empty_like(ref, dtype=torch.int32)
         _second_ref[grid](own, temperature, sums.top, ref, lost, num_rows, pieces, LOWEST_EXPONENT, BLOCK=ROWS)
         sums = run(lost, sums)
@@ -143,12 +143,12 @@ def rows(
         sums.total, sums.weighted, sums.top, own, ref, temperature, own if weights is None else weights,
         losses, share, weight, slope, top, num_rows, pieces, WEIGHTED=weights is not None, BLOCK=ROWS,
     )  # fmt: skip
-    return Rows(losses, share, weight, slope if options.learn_temperature else None, top, sums.kept.sum((1, 2)))
+    return Rows(losses, share, weight, slope if settings.learn_temperature else None, top, sums.kept.sum((1, 2)))
 
 
 def gradients(prepared: Prepared, total: Tensor, weight: Tensor, factor: Tensor) -> list[Tensor]:
     """Gradients on the vectors of each role, fp32: the own positive's part, then through the normalisation."""
-    options, layout = prepared.options, prepared.layout
+    settings, layout = prepared.settings, prepared.layout
     partners = (layout.first_positive, -layout.first_positive, 0)
     block, num_rows = _row_tile(total.shape[1])
     results = []
@@ -156,7 +156,7 @@ def gradients(prepared: Prepared, total: Tensor, weight: Tensor, factor: Tensor)
         out = total.new_empty((len(lengths), prepared.width))
         _finish_gradients[(triton.cdiv(len(out), num_rows),)](
             total, prepared.operand, lengths, weight, factor, out, len(out), role.start, partner,
-            options.row_offset, options.num_rows if partner else 0, prepared.width,
+            settings.row_offset, settings.num_rows if partner else 0, prepared.width,
             STRIDE=total.shape[1], ROWS=num_rows, BLOCK=block,
         )  # fmt: skip
         results.append(out)
