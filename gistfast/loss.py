@@ -6,7 +6,7 @@ store's text ids of its columns: `store.to_dataset()` makes such a dataset.
 Shapes: B rows, C columns, D student width.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -114,8 +114,10 @@ class GISTLoss(nn.Module):
             columns, ids = self._gathered(columns, ids)
             row_offset = num_rows * get_rank()
         anchor, positive, negative = _roles(columns)
-        guide_anchor, guide_positive, guide_negative = _roles(_by_column(self.store.gather, ids))
-        anchor_ids, positive_ids, negative_ids = _roles(_by_column(self._text_identity, ids))
+        # The store is on the host: one copy of the ids, which waits for the device, serves both look-ups.
+        on_host = ids.cpu()
+        guide_anchor, guide_positive, guide_negative = _roles(_by_column(self.store.gather(on_host), ids.device))
+        anchor_ids, positive_ids, negative_ids = _roles(_by_column(self._text_identity(on_host), ids.device))
         loss, stats = guided_contrastive_loss(
             anchor, positive, negative,
             guide_anchor=guide_anchor, guide_positive=guide_positive, guide_negative=guide_negative,
@@ -265,9 +267,9 @@ class CachedGISTLoss(CachedLossMixin, GISTLoss):
         }
 
 
-def _by_column(look_up: Callable[[Tensor], Tensor], ids: Tensor) -> tuple[Tensor, ...]:
-    """What the store holds for the ids (B, C), one tensor of B rows for each column, on their device."""
-    return look_up(ids.cpu()).to(ids.device, non_blocking=True).unbind(1)
+def _by_column(found: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """What the store holds for ids (B, C), one tensor of B rows for each column, on `device`."""
+    return found.to(device, non_blocking=True).unbind(1)
 
 
 def _roles(columns: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
