@@ -86,8 +86,8 @@ class ModelGuide:
             numbers = np.array(by_length[start : start + WINDOW])
             window = [texts[number] for number in numbers]
             for rows, batch in self._embed_window(window, role):
-                _check_vectors(batch, [window[row] for row in rows], self._info.name)
-                vectors[numbers[rows]] = batch / np.linalg.norm(batch, axis=1, keepdims=True)
+                lengths = _checked_lengths(batch, [window[row] for row in rows], self._info.name)
+                vectors[numbers[rows]] = batch / lengths[:, None]
                 if on_batch is not None:
                     on_batch(len(rows))
         return vectors
@@ -136,8 +136,11 @@ def _cut(value: Any, rows: torch.Tensor, columns: slice, shape: torch.Size) -> A
     return value[rows][:, columns] if torch.is_tensor(value) and value.shape == shape else value
 
 
-def _check_vectors(vectors: "np.ndarray[Any, np.dtype[np.float32]]", texts: list[str], guide: str) -> None:
-    lengths = np.linalg.norm(vectors, axis=1)
+def _checked_lengths(
+    vectors: "np.ndarray[Any, np.dtype[np.float32]]", texts: list[str], guide: str
+) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    """The lengths of the vectors, each finite and above 0."""
+    lengths: np.ndarray[Any, np.dtype[np.float32]] = np.linalg.norm(vectors, axis=1)
     bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if len(bad):
         text = texts[bad[0]]
@@ -147,6 +150,7 @@ def _check_vectors(vectors: "np.ndarray[Any, np.dtype[np.float32]]", texts: list
             f"guide {guide}: the vector of the text {shown} {what}, expected a direction: "
             "remove the text, or try --dtype float32"
         )
+    return lengths
 
 
 def load_guide(

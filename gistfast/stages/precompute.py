@@ -18,7 +18,7 @@ from gistfast.index import build_index, import_faiss
 from gistfast.progress import progress
 from gistfast.scores import score_pairs
 from gistfast.settings import build
-from gistfast.store import GuideStore, Manifest, StoreWriter
+from gistfast.store import GuideStore, StoreWriter
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def write_rows(writer: StoreWriter, rows: RowSource) -> None:
 
 def embed_texts(writer: StoreWriter, guide: Guide) -> None:
     """Embed every shard of texts that has no vectors yet."""
-    sizes = Manifest.read(writer.path).plan.texts
+    sizes = writer.manifest.plan.texts
     pending = writer.pending_shards()
     if len(pending) < len(sizes):
         logger.info("%d of %d shards of vectors are there already", len(sizes) - len(pending), len(sizes))
