@@ -51,8 +51,12 @@ class PrecomputeSettings(Settings):
     split: str | None = setting(None, "Split of a data set.")
     revision: str | None = setting(None, "Revision of a hub data set.")
     on_bad_row: Literal["stop", "skip"] = setting("stop", "What to do with a row whose text is missing or empty.")
-    holdout: float = setting(
-        0.0, "Share of the distinct positives kept out of training, for evaluation.", at_least=0, below=1
+    holdout: float | None = setting(
+        None,
+        "Share of the distinct positives kept out of training, for evaluation; none, or as the store has it, when "
+        "left out.",
+        at_least=0,
+        below=1,
     )
 
     guide_prompt: str | None = setting(
@@ -83,11 +87,22 @@ class PrecomputeSettings(Settings):
 
     resume: bool = setting(False, "Go on with an unfinished store.")
     overwrite: bool = setting(False, "Replace an existing store once the new one is complete.")
+    append: bool = setting(False, "Add the rows that an existing store does not have.")
+    add_guide: bool = setting(False, "Add the guide to an existing store of the same rows.")
+    guide_weight: float = setting(1.0, "Weight of an added guide in the mean of the guides' scores.", above=0)
+    guide_score: Literal["mean", "min", "max"] | None = setting(
+        None, "How the scores of several guides become one, with --add-guide; mean when never given."
+    )
+    split_roles: bool = setting(
+        False, "Keep a vector for each role of a text, for guides with a query prompt that are added later."
+    )
     trust_remote_code: bool = setting(False, "Run code that comes with the guide. Only for models you trust.")
 
     def check(self) -> None:
         """Refuse settings that contradict each other."""
-        refuse_both(self, "resume", "overwrite")
+        refuse_both(self, "resume", "overwrite", "append", "add_guide")
+        if not self.add_guide and (self.guide_weight != 1 or self.guide_score is not None):
+            raise ConfigError("--guide-weight and --guide-score belong to a guide that is added: give --add-guide")
         refuse_unknown_device(self.device)
 
 

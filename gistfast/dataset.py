@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 ANCHOR_NAMES = ("anchor", "query", "question", "sentence1", "sentence")
 POSITIVE_NAMES = ("positive", "pos", "answer", "passage", "document", "sentence2")
 NEGATIVE_NAMES = ("negative", "neg")
+TASK_NAMES = ("task", "task_name")
 _NUMBERED_NEGATIVE = re.compile(r"(negative|neg)_\d+")
-_CANONICAL = re.compile(r"anchor|positive|negative(_\d+)?")
+_CANONICAL = re.compile(r"anchor|positive|negative(_\d+)?|task")
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class Rows:
         texts: One list for each column, in the order of the source's `columns`.
         origin: Name of the file.
         first_row: Number of the first row in that file, from 1.
+        tasks: Name of each row's task, None for a row without; None when the source has no tasks.
     """
 
     texts: tuple[list[str], ...]
     origin: str
     first_row: int
+    tasks: list[str | None] | None = None
 
 
 class RowSource:
@@ -72,12 +75,13 @@ class RowSource:
             raise DataError(f"{description} has no rows: check the path")
         self._names = _column_names(found, columns or {}, description)
         self.columns = tuple(self._names)
+        self._task = (columns or {}).get("task") or next((name for name in TASK_NAMES if name in found), None)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the files' names and contents and of the column mapping: 32 hex digits."""
         contents = [(file.name, file.digest()) for file in self._files]
-        record = json.dumps([contents, list(self._names.items())])
+        record = json.dumps([contents, [*self._names.items(), *([("task", self._task)] if self._task else [])]])
         return xxhash.xxh3_128_hexdigest(record.encode())
 
     @property
@@ -98,10 +102,12 @@ class RowSource:
         for file in self._files:
             self._refuse_other_columns(file)
             first_row = 1
-            for raw in file.batches(tuple(self._names.values()), rows_per_batch):
-                texts = self._checked(raw, file.name, first_row)
+            names = [*self._names.values(), *([self._task] if self._task else [])]
+            for raw in file.batches(names, rows_per_batch):
+                tasks = raw.pop() if self._task else None
+                texts, kept = self._checked(raw, file.name, first_row)
                 if texts[0]:
-                    yield Rows(texts, file.name, first_row)
+                    yield Rows(texts, file.name, first_row, tasks and [_task(tasks[place]) for place in kept])
                 num_rows += len(texts[0])
                 first_row += len(raw[0])
         if not num_rows:
@@ -117,15 +123,17 @@ class RowSource:
                 "give files with the same columns"
             )
 
-    def _checked(self, raw: RawColumns, origin: str, first_row: int) -> tuple[list[str], ...]:
-        """The batch without its bad rows."""
+    def _checked(self, raw: RawColumns, origin: str, first_row: int) -> tuple[tuple[list[str], ...], Sequence[int]]:
+        """The batch without its bad rows, and the places that its rows had."""
         if all(_all_good(column) for column in raw):
-            return tuple(raw)
+            return tuple(raw), range(len(raw[0]))
         names = tuple(self._names.values())
         good: list[tuple[str, ...]] = []
+        kept: list[int] = []
         for row, values in enumerate(zip(*raw, strict=True), start=first_row):
             try:
                 good.append(_texts(values, names))
+                kept.append(row - first_row)
             except ValueError as error:
                 if self._on_bad_row == "stop":
                     raise DataError(
@@ -134,7 +142,7 @@ class RowSource:
                 if not self.skipped:
                     logger.warning("skipping bad rows, the first: %s, row %d: %s", origin, row, error)
                 self.skipped += 1
-        return tuple([texts[place] for texts in good] for place in range(len(names)))
+        return tuple([texts[place] for texts in good] for place in range(len(names))), kept
 
 
 def read_rows(
@@ -153,7 +161,7 @@ def read_rows(
             `datasets`, or the hub id of a data set. JSON may be MEDI's: of [instruction, text] the text is
             kept.
         columns: Names in the file by canonical name, such as {"anchor": "title"}; others are found by the
-            names that sentence-transformers uses.
+            names that sentence-transformers uses. "task" names the rows' tasks.
         config: Configuration of a hub data set.
         split: Split of a hub or saved data set; "train" when not given.
         revision: Branch, tag or commit of a hub data set.
@@ -171,7 +179,7 @@ def _column_names(found: list[str], mapping: Mapping[str, str], origin: str) -> 
     """Names in the file by canonical name, in canonical order."""
     for canonical, name in mapping.items():
         if not _CANONICAL.fullmatch(canonical):
-            raise ConfigError(f"--columns names {canonical!r}, expected anchor, positive or negative_1, ...")
+            raise ConfigError(f"--columns names {canonical!r}, expected anchor, positive, negative_1, ... or task")
         if name not in found:
             raise DataError(f"{origin} has no column {name!r}, it has {', '.join(found)}: mend --columns")
     anchor = mapping.get("anchor") or next((name for name in ANCHOR_NAMES if name in found), None)
@@ -182,11 +190,16 @@ def _column_names(found: list[str], mapping: Mapping[str, str], origin: str) -> 
             f"{origin} has the columns {', '.join(found)} and none for the {lacking} ({', '.join(known)}): "
             "name them with --columns anchor=NAME,positive=NAME"
         )
-    negatives = [name for canonical, name in mapping.items() if canonical not in ("anchor", "positive")]
+    negatives = [name for canonical, name in mapping.items() if canonical.startswith("negative")]
     if not negatives:
         negatives = [name for name in found if name in NEGATIVE_NAMES or _NUMBERED_NEGATIVE.fullmatch(name)]
     numbered = {f"negative_{number}": name for number, name in enumerate(negatives, start=1)}
     return {"anchor": anchor, "positive": positive, **numbered}
+
+
+def _task(value: Any) -> str | None:
+    """The name of a row's task; numbers are names too."""
+    return None if value is None or isinstance(value, BadRow) else str(value)
 
 
 def _all_good(column: list[Any]) -> bool:

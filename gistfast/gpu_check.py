@@ -128,7 +128,7 @@ def make_store(path: Path) -> Path:
     )  # fmt: skip
     random = np.random.default_rng(0)
     source = read_rows(wordnet_pairs())
-    with StoreWriter.create(path, guide=guide, source=source, resume=True) as writer:
+    with StoreWriter.create(path, guide=guide, source=source, mode="resume") as writer:
         if writer.needs_rows:
             for rows in source.batches():
                 writer.add_rows(rows)

@@ -160,7 +160,7 @@ def _blocks(store: GuideStore) -> Iterator[Vectors]:
 def _empty_index(faiss: Any, store: GuideStore, kind: str) -> Any:
     """An index that is ready for vectors; it keeps them in the precision in which the store has them."""
     width, product = store.width, faiss.METRIC_INNER_PRODUCT
-    half = store.manifest.guide.dtype == "float16"
+    half = store.dtype == "float16"
     fp16 = faiss.ScalarQuantizer.QT_fp16
     if kind == "flat":
         return faiss.IndexScalarQuantizer(width, fp16, product) if half else faiss.IndexFlatIP(width)

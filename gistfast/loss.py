@@ -172,7 +172,7 @@ class GISTLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
         return {
-            "guide": self.store.manifest.guide.name,
+            "guide": ", ".join(guide.name for guide in self.store.manifest.guides),
             "store": self.store.fingerprint,
             **self.options,
             "gather_across_devices": self.gather_across_devices,

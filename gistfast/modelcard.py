@@ -13,7 +13,7 @@ from gistfast.run_folder import FREE_SETTINGS
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from gistfast.store import Manifest
+    from gistfast.store import GuideInfo, Manifest
 
 _BLOCKS = {
     "ap": "anchor to positives",
@@ -49,21 +49,18 @@ def guide_section(manifest: "Manifest", settings: TrainSettings, dropped: Mappin
         settings: Of the run.
         dropped: Mean share of the candidates dropped in each block.
     """
-    guide, data = manifest.guide, manifest.data
-    facts = {
-        "Guide": f"`{guide.name}`" + (f" at revision `{guide.revision}`" if guide.revision else ""),
-        "Guide's weights": f"hash `{guide.weights_hash}`, {guide.width} wide",
-        "Guide's pooling": guide.pooling,
-        "Guide's prompts": f"`{guide.query_prompt!r}` for anchors, `{guide.document_prompt!r}` for others",
-        "Guide's tokens": "no limit" if guide.max_length is None else f"{guide.max_length} of a text at most",
-        "Guide's vectors": f"computed in {guide.compute_dtype}, stored in {guide.dtype}",
+    data = manifest.data
+    facts: dict[str, str] = {}
+    for number, guide in enumerate(manifest.guides):
+        facts |= _guide_facts(guide, "Guide" if len(manifest.guides) == 1 else f"Guide {number + 1}")
+    if len(manifest.guides) > 1:
+        facts["Guides' score"] = f"{manifest.guide_score}, weights {', '.join(map(str, manifest.weights))}"
+    facts |= {
         "Guide store": f"fingerprint `{manifest.fingerprint}`",
         "Data": f"{data.description}, fingerprint `{data.fingerprint}`",
         "Rows": f"{data.num_rows:,} with {data.num_texts:,} distinct texts; "
         f"{data.holdout:.1%} of the positives held out, {data.skipped:,} bad rows skipped",
     }
-    if guide.decoded_with is not None:
-        facts["Guide's texts"] = f"as the tokenizer of `{guide.decoded_with}` decodes them"
     facts |= {f"Dropped, {_BLOCKS[block]}": f"{share:.2%} of the candidates" for block, share in dropped.items()}
     settings_shown = _settings_that_matter(settings)
     facts["Student"] = f"began as `{settings_shown['student']}`" + (
@@ -88,6 +85,20 @@ def guide_section(manifest: "Manifest", settings: TrainSettings, dropped: Mappin
             "",
         ]
     )
+
+
+def _guide_facts(guide: "GuideInfo", name: str) -> dict[str, str]:
+    facts = {
+        name: f"`{guide.name}`" + (f" at revision `{guide.revision}`" if guide.revision else ""),
+        f"{name}'s weights": f"hash `{guide.weights_hash}`, {guide.width} wide",
+        f"{name}'s pooling": guide.pooling,
+        f"{name}'s prompts": f"`{guide.query_prompt!r}` for anchors, `{guide.document_prompt!r}` for others",
+        f"{name}'s tokens": "no limit" if guide.max_length is None else f"{guide.max_length} of a text at most",
+        f"{name}'s vectors": f"computed in {guide.compute_dtype}, stored in {guide.dtype}",
+    }
+    if guide.decoded_with is not None:
+        facts[f"{name}'s texts"] = f"as the tokenizer of `{guide.decoded_with}` decodes them"
+    return facts
 
 
 def add_section(card: Path, section: str) -> None:

@@ -124,8 +124,8 @@ def run_record(settings: TrainSettings, manifest: "Manifest") -> dict[str, Any]:
     """What a run is made from, as JSON knows it: settings, and the store's fingerprint, guide and data."""
     store = {
         "fingerprint": manifest.fingerprint,
-        "guide": asdict(manifest.guide),
-        "data": asdict(manifest.data) | {"columns": list(manifest.data.columns)},
+        "guides": [asdict(guide) for guide in manifest.guides],
+        "data": {**asdict(manifest.data), "fingerprint": manifest.data.fingerprint},
     }
     return {"settings": to_dict(settings), "store": store}
 

@@ -159,6 +159,6 @@ def make_store(tmp_path: Path) -> Callable[..., Any]:
         with StoreWriter.create(tmp_path / name, guide=model.info, source=data, holdout=holdout) as writer:
             write_rows(writer, data)
             embed_texts(writer, model)
-        return GuideStore.open(tmp_path / name)
+            return GuideStore.open(writer.publish())
 
     return make

@@ -46,7 +46,9 @@ def write_store(source: Path, store: Path, *, name: str, overwrite: bool) -> Non
     """What a worker does: start the store or go on with it."""
     gistfast.store.ingest.ROWS_PER_SHARD = ROWS_PER_SHARD
     rows = read_rows(source)
-    with StoreWriter.create(store, guide=guide(name), source=rows, overwrite=overwrite, resume=not overwrite) as writer:
+    with StoreWriter.create(
+        store, guide=guide(name), source=rows, mode="overwrite" if overwrite else "resume"
+    ) as writer:
         if writer.needs_rows:
             for batch in rows.batches(3):
                 writer.add_rows(batch)

@@ -353,3 +353,15 @@ def test_local_copy_of_a_hub_repository_is_read_by_config_and_split(tmp_path: Pa
     assert texts(read_rows(repository, config="pair")) == [tuple(row.values()) for row in ROWS]
     with pytest.raises(DataError, match=r"cannot load .*repository as a data set: "):
         read_rows(repository, config="triplet")
+
+
+def test_tasks_are_found_by_name_or_mapped_and_follow_their_rows(tmp_path: Path) -> None:
+    rows = [("a", "b", "qa"), ("", "b", "bad"), ("c", "d", 7), ("e", "f", None)]
+    named = [{"anchor": anchor, "positive": positive, "task": task} for anchor, positive, task in rows]
+    mapped = [{"anchor": anchor, "positive": positive, "set": task} for anchor, positive, task in rows]
+    for name, records, columns in (("named", named, None), ("mapped", mapped, {"task": "set"})):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        (batch,) = read_rows(path, columns=columns, on_bad_row="skip").batches()
+        assert batch.tasks == ["qa", "7", None]
+        assert batch.texts[0] == ["a", "c", "e"]

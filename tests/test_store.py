@@ -5,7 +5,6 @@ import logging
 import os
 import pickle
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,34 +14,26 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-import xxhash
+from store_cases import (
+    GUIDE,
+    ROWS,
+    TWO_PROMPTS,
+    WIDTH,
+    commit_file,
+    contents,
+    embed,
+    fill,
+    flip_bit,
+    make_store,
+    shard_file,
+    source_of,
+    vectors_for,
+)
 
 from gistfast.dataset import RowSource, read_rows
 from gistfast.errors import ConfigError, StoreError, VectorError
 from gistfast.store import GuideInfo, GuideStore, StoreWriter, pending_scores, write_scores
 from gistfast.store.keys import KeyTable
-
-WIDTH = 8
-GUIDE = GuideInfo(
-    name="guide",
-    revision=None,
-    weights_hash="w",
-    tokenizer_hash="t",
-    pooling="mean",
-    query_prompt="",
-    document_prompt="",
-    max_length=128,
-    dtype="float16",
-    compute_dtype="float32",
-    normalised=True,
-    width=WIDTH,
-    decoded_with=None,
-)
-TWO_PROMPTS = replace(GUIDE, query_prompt="query: ")
-# 60 rows that repeat texts within and across columns.
-ROWS = [(f"question {i % 40}", f"answer {i % 25}", f"question {i % 7}") for i in range(60)]
-
-Array = np.ndarray[Any, Any]
 
 
 @pytest.fixture(autouse=True)
@@ -58,55 +49,6 @@ def small_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def source(tmp_path: Path) -> RowSource:
     return source_of(tmp_path / "pairs.jsonl", ROWS)
-
-
-def source_of(path: Path, rows: Sequence[tuple[str, ...]]) -> RowSource:
-    names = ("anchor", "positive", *(f"negative_{number}" for number in range(1, len(rows[0]) - 1)))
-    lines = (json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
-    path.write_text("".join(lines), encoding="utf-8")
-    return read_rows(path)
-
-
-def vectors_for(texts: Sequence[str], roles: Sequence[str] = ()) -> Array:
-    """Vectors of length 1 that follow from role and text alone."""
-    keys = [f"{role}:{text}" for role, text in zip(roles or ["query"] * len(texts), texts, strict=True)]
-    seeds = [xxhash.xxh32_intdigest(key.encode()) for key in keys]
-    vectors = np.stack([np.random.default_rng(seed).standard_normal(WIDTH) for seed in seeds])
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-
-
-def fill(writer: StoreWriter, source: RowSource, rows_per_batch: int = 10_000) -> None:
-    for rows in source.batches(rows_per_batch):
-        writer.add_rows(rows)
-    writer.finish_rows()
-
-
-def embed(writer: StoreWriter, shards: Sequence[int] | None = None) -> None:
-    for shard in writer.pending_shards() if shards is None else shards:
-        assert writer.write_vectors(shard, vectors_for(writer.texts_of(shard), writer.roles_of(shard)))
-
-
-def make_store(path: Path, source: RowSource, guide: GuideInfo = GUIDE, **options: Any) -> GuideStore:
-    with StoreWriter.create(path, guide=guide, source=source, **options) as writer:
-        if writer.needs_rows:
-            fill(writer, source)
-        embed(writer)
-        return GuideStore.open(writer.publish())
-
-
-def contents(store: GuideStore) -> tuple[list[str], list[Any], bytes]:
-    vectors = store.gather(torch.arange(store.num_texts))
-    return store.texts[:], store.rows.tolist(), vectors.numpy().tobytes()
-
-
-def flip_bit(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-
-
-def shard_file(store: Path, kind: str, shard: int) -> Path:
-    return store / json.loads((store / "commits" / f"{kind}-{shard:05d}.json").read_text())["file"]
 
 
 class TestReading:
@@ -149,7 +91,7 @@ class TestReading:
             ) as writer:
                 fill(writer, source, rows_per_batch)
                 embed(writer)
-            stores.append(GuideStore.open(tmp_path / f"store{rows_per_batch}"))
+                stores.append(GuideStore.open(writer.publish()))
         first, *others = stores
         for other in others:
             assert contents(other) == contents(first)
@@ -215,7 +157,7 @@ class TestReading:
 
     def test_store_replaced_while_in_use_is_noticed(self, tmp_path: Path, source: RowSource) -> None:
         state = pickle.dumps(make_store(tmp_path / "store", source))
-        make_store(tmp_path / "store", source, TWO_PROMPTS, overwrite=True)
+        make_store(tmp_path / "store", source, TWO_PROMPTS, mode="overwrite")
         with pytest.raises(StoreError, match="was replaced by another store while in use"):
             pickle.loads(state)
 
@@ -235,6 +177,20 @@ class TestHoldout:
         assert shares[3].all()
         for fewer, more in pairwise(shares):
             assert (fewer <= more).all()
+
+    def test_tasks_of_rows_are_kept_by_name(self, tmp_path: Path) -> None:
+        path = tmp_path / "tasks.jsonl"
+        tasks = ["nli", "qa", None, "nli", "qa", "nli"] * 5
+        rows = ({"anchor": f"a{row}", "positive": f"b{row}", "task_name": task} for row, task in enumerate(tasks))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        store = make_store(tmp_path / "store", read_rows(path))
+        assert store.tasks == ("nli", "qa")
+        assert [None if task < 0 else store.tasks[task] for task in store.task_of_rows] == tasks
+
+    def test_rows_without_tasks_have_none(self, tmp_path: Path, source: RowSource) -> None:
+        store = make_store(tmp_path / "store", source)
+        assert store.tasks == ()
+        assert set(store.task_of_rows.tolist()) == {-1}
 
     def test_dataset_has_texts_and_ids_of_its_split(self, tmp_path: Path, source: RowSource) -> None:
         store = make_store(tmp_path / "store", source, holdout=0.3)
@@ -283,15 +239,15 @@ class TestScores:
 class TestWriting:
     def test_existing_store_is_refused_without_flags(self, tmp_path: Path, source: RowSource) -> None:
         make_store(tmp_path / "store", source)
-        with pytest.raises(StoreError, match="exists: go on with --resume, make it anew with --overwrite"):
+        with pytest.raises(StoreError, match="exists: go on with --resume, add rows with --append, make it anew"):
             StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source)
 
-    @pytest.mark.parametrize("flag", ["resume", "overwrite"])
-    def test_folder_that_is_no_store_is_never_touched(self, tmp_path: Path, source: RowSource, flag: str) -> None:
+    @pytest.mark.parametrize("mode", ["resume", "overwrite"])
+    def test_folder_that_is_no_store_is_never_touched(self, tmp_path: Path, source: RowSource, mode: Any) -> None:
         (tmp_path / "thesis").mkdir()
         (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
         with pytest.raises(StoreError, match="exists and is not a guide store"):
-            StoreWriter.create(tmp_path / "thesis", guide=GUIDE, source=source, **{flag: True})
+            StoreWriter.create(tmp_path / "thesis", guide=GUIDE, source=source, mode=mode)
         assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
     def test_empty_folder_becomes_the_store(self, tmp_path: Path, source: RowSource) -> None:
@@ -304,21 +260,21 @@ class TestWriting:
             StoreWriter.create(tmp_path / "file" / "store", guide=GUIDE, source=source)
 
     def test_resume_without_a_store_starts_one(self, tmp_path: Path, source: RowSource) -> None:
-        assert make_store(tmp_path / "a" / "store", source, resume=True).num_rows == 60
+        assert make_store(tmp_path / "a" / "store", source, mode="resume").num_rows == 60
 
     def test_resume_goes_on_where_it_stopped(self, tmp_path: Path, source: RowSource) -> None:
         with StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source) as writer:
             fill(writer, source)
             embed(writer, [3, 1])
-        with pytest.raises(StoreError, match=r"stage 1 has 2 of 5 shards: run `gistfast precompute .* --resume`"):
+        with pytest.raises(StoreError, match=r"has 2 of 5 shards of vectors: run `gistfast precompute .* --resume`"):
             GuideStore.open(tmp_path / "store")
-        with StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source, resume=True) as writer:
+        with StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source, mode="resume") as writer:
             assert not writer.needs_rows
             assert writer.pending_shards() == [0, 2, 4]
             with pytest.raises(StoreError, match="still lacks 3 shards"):
                 writer.publish()
             embed(writer)
-        assert GuideStore.open(tmp_path / "store").verify() == []
+            assert GuideStore.open(writer.publish()).verify() == []
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -335,22 +291,22 @@ class TestWriting:
     ) -> None:
         make_store(tmp_path / "store", source)
         with pytest.raises(StoreError) as caught:
-            StoreWriter.create(tmp_path / "store", guide=replace(GUIDE, **change), source=source, resume=True)
+            StoreWriter.create(tmp_path / "store", guide=replace(GUIDE, **change), source=source, mode="resume")
         assert message in str(caught.value)
 
     def test_resume_with_the_guide_in_another_folder_goes_on(self, tmp_path: Path, source: RowSource) -> None:
         store = make_store(tmp_path / "store", source)
-        moved = make_store(tmp_path / "store", source, replace(GUIDE, name="elsewhere"), resume=True)
+        moved = make_store(tmp_path / "store", source, replace(GUIDE, name="elsewhere"), mode="resume")
         assert moved.manifest == store.manifest
         assert make_store(tmp_path / "b", source, replace(GUIDE, name="b")).fingerprint == store.fingerprint
 
     def test_resume_with_other_data_names_the_field(self, tmp_path: Path, source: RowSource) -> None:
         make_store(tmp_path / "store", source)
         with pytest.raises(StoreError, match=r"data\.holdout: store has 0\.0, asked for 0\.1"):
-            StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source, holdout=0.1, resume=True)
+            StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source, holdout=0.1, mode="resume")
         other = source_of(tmp_path / "pairs.jsonl", ROWS[:-1])
         with pytest.raises(StoreError, match=r"data\.fingerprint: store has "):
-            StoreWriter.create(tmp_path / "store", guide=GUIDE, source=other, resume=True)
+            StoreWriter.create(tmp_path / "store", guide=GUIDE, source=other, mode="resume")
 
     def test_interrupted_reading_leaves_nothing(self, tmp_path: Path, source: RowSource) -> None:
         with StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source) as writer:
@@ -359,8 +315,8 @@ class TestWriting:
 
     def test_second_process_takes_the_rows_of_the_first(self, tmp_path: Path, source: RowSource) -> None:
         with (
-            StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source, resume=True) as slow,
-            StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source, resume=True) as quick,
+            StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source, mode="resume") as slow,
+            StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source, mode="resume") as quick,
         ):
             fill(quick, source)
             fill(slow, source)
@@ -369,7 +325,8 @@ class TestWriting:
             assert not slow.write_vectors(0, vectors_for(slow.texts_of(0)))
             embed(slow)
             assert quick.pending_shards() == []
-        assert len(list((tmp_path / "store" / "vectors").iterdir())) == 5
+            assert slow.publish() == quick.publish()
+        assert len(list((tmp_path / "store" / "vectors").rglob("*.arrow"))) == 5
         assert GuideStore.open(tmp_path / "store").verify() == []
 
     @pytest.mark.parametrize(
@@ -412,7 +369,7 @@ class TestWriting:
         assert "No space left on device: what was committed is kept" in str(caught.value)
         assert "--resume" in str(caught.value)
         assert len(list((tmp_path / "store" / "vectors").iterdir())) == 1
-        assert make_store(tmp_path / "store", source, resume=True).verify() == []
+        assert make_store(tmp_path / "store", source, mode="resume").verify() == []
 
     def test_file_stays_when_interrupted_after_its_commit(
         self, tmp_path: Path, source: RowSource, monkeypatch: pytest.MonkeyPatch
@@ -429,13 +386,13 @@ class TestWriting:
                     embed(writer, [0])
             assert writer.pending_shards() == [1, 2, 3, 4]
             embed(writer)
-        assert GuideStore.open(tmp_path / "store").verify() == []
+            assert GuideStore.open(writer.publish()).verify() == []
 
 
 class TestOverwriting:
     def test_old_store_lives_until_the_new_one_is_complete(self, tmp_path: Path, source: RowSource) -> None:
         old = contents(make_store(tmp_path / "store", source))
-        with StoreWriter.create(tmp_path / "store", guide=TWO_PROMPTS, source=source, overwrite=True) as writer:
+        with StoreWriter.create(tmp_path / "store", guide=TWO_PROMPTS, source=source, mode="overwrite") as writer:
             assert writer.path != tmp_path / "store"
             fill(writer, source)
             embed(writer)
@@ -445,14 +402,14 @@ class TestOverwriting:
         assert GuideStore.open(tmp_path / "store").manifest.guide == TWO_PROMPTS
         assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "store"]
 
-    @pytest.mark.parametrize("flag", ["resume", "overwrite"])
-    def test_interrupted_overwrite_goes_on(self, tmp_path: Path, source: RowSource, flag: str) -> None:
+    @pytest.mark.parametrize("mode", ["resume", "overwrite"])
+    def test_interrupted_overwrite_goes_on(self, tmp_path: Path, source: RowSource, mode: Any) -> None:
         old = contents(make_store(tmp_path / "store", source))
-        with StoreWriter.create(tmp_path / "store", guide=TWO_PROMPTS, source=source, overwrite=True) as writer:
+        with StoreWriter.create(tmp_path / "store", guide=TWO_PROMPTS, source=source, mode="overwrite") as writer:
             fill(writer, source)
             embed(writer, [0, 1])
         assert contents(GuideStore.open(tmp_path / "store")) == old
-        with StoreWriter.create(tmp_path / "store", guide=TWO_PROMPTS, source=source, **{flag: True}) as writer:
+        with StoreWriter.create(tmp_path / "store", guide=TWO_PROMPTS, source=source, mode=mode) as writer:
             assert writer.pending_shards()[0] == 2
             embed(writer)
             writer.publish()
@@ -460,11 +417,11 @@ class TestOverwriting:
 
     def test_overwrite_with_other_settings_begins_anew(self, tmp_path: Path, source: RowSource) -> None:
         make_store(tmp_path / "store", source)
-        with StoreWriter.create(tmp_path / "store", guide=TWO_PROMPTS, source=source, overwrite=True) as writer:
+        with StoreWriter.create(tmp_path / "store", guide=TWO_PROMPTS, source=source, mode="overwrite") as writer:
             fill(writer, source)
             embed(writer, [0])
         third = replace(GUIDE, weights_hash="third")
-        assert make_store(tmp_path / "store", source, third, overwrite=True).manifest.guide == third
+        assert make_store(tmp_path / "store", source, third, mode="overwrite").manifest.guide == third
         assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "store"]
 
     def test_overwrite_without_exchange_is_mended_after_an_interruption(
@@ -472,30 +429,30 @@ class TestOverwriting:
     ) -> None:
         make_store(tmp_path / "store", source)
         monkeypatch.setattr("gistfast.store.replace._exchange", lambda first, second: False)
-        with StoreWriter.create(tmp_path / "store", guide=TWO_PROMPTS, source=source, overwrite=True) as writer:
+        with StoreWriter.create(tmp_path / "store", guide=TWO_PROMPTS, source=source, mode="overwrite") as writer:
             fill(writer, source)
             embed(writer)
         # Where an interruption between the two renames leaves things.
         (tmp_path / "store").rename(tmp_path / ".store.old-12345678")
         with pytest.raises(StoreError, match="is missing, its replacement was interrupted: run the same"):
             GuideStore.open(tmp_path / "store")
-        store = make_store(tmp_path / "store", source, TWO_PROMPTS, overwrite=True)
+        store = make_store(tmp_path / "store", source, TWO_PROMPTS, mode="overwrite")
         assert store.manifest.guide == TWO_PROMPTS
-        make_store(tmp_path / "store", source, GUIDE, overwrite=True)
+        make_store(tmp_path / "store", source, GUIDE, mode="overwrite")
         assert GuideStore.open(tmp_path / "store").manifest.guide == GUIDE
         assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "store"]
 
     def test_link_to_a_store_stays_a_link(self, tmp_path: Path, source: RowSource) -> None:
         make_store(tmp_path / "store", source)
         (tmp_path / "link").symlink_to(tmp_path / "store")
-        make_store(tmp_path / "link", source, TWO_PROMPTS, overwrite=True)
+        make_store(tmp_path / "link", source, TWO_PROMPTS, mode="overwrite")
         assert (tmp_path / "link").is_symlink()
         assert GuideStore.open(tmp_path / "store").manifest.guide == TWO_PROMPTS
 
     def test_damaged_store_can_be_overwritten(self, tmp_path: Path, source: RowSource) -> None:
         make_store(tmp_path / "store", source)
         (tmp_path / "store" / "store.json").write_text("{")
-        assert make_store(tmp_path / "store", source, overwrite=True).verify() == []
+        assert make_store(tmp_path / "store", source, mode="overwrite").verify() == []
 
 
 class TestVerifying:
@@ -535,9 +492,10 @@ class TestVerifying:
     def test_shard_of_another_store_is_named(self, tmp_path: Path, source: RowSource, store: GuideStore) -> None:
         other = make_store(tmp_path / "other", source, replace(GUIDE, weights_hash="other"), holdout=0.3)
         foreign = shard_file(other.path, "vectors", 1)
-        (store.path / "vectors" / foreign.name).write_bytes(foreign.read_bytes())
-        commit = store.path / "commits" / "vectors-00001.json"
-        commit.write_bytes((other.path / "commits" / "vectors-00001.json").read_bytes())
+        (store.path / store.manifest.vectors[0] / foreign.name).write_bytes(foreign.read_bytes())
+        commit = commit_file(store.path, "vectors", 1)
+        theirs = commit_file(other.path, "vectors", 1).read_text()
+        commit.write_text(theirs.replace(other.manifest.guide.key, store.manifest.guide.key))
         (problem,) = GuideStore.open(store.path).verify()
         assert f"{commit} was written for another guide or other data" in problem
 
@@ -546,14 +504,14 @@ class TestVerifying:
         ["/etc/passwd", "../other/vectors/00001-0.arrow", "vectors/../../x.arrow", "rows/00001-0.arrow", 7],
     )
     def test_commit_cannot_point_out_of_its_folder(self, store: GuideStore, file: Any) -> None:
-        path = store.path / "commits" / "vectors-00001.json"
+        path = commit_file(store.path, "vectors", 1)
         path.write_text(json.dumps({**json.loads(path.read_text()), "file": file}))
         with pytest.raises(StoreError, match=r"expected one in vectors/"):
             GuideStore.open(store.path).vectors_of(1)
 
     @pytest.mark.parametrize("change", [{"rows": 15}, {"colour": "red"}])
     def test_edited_commit_is_named(self, store: GuideStore, change: dict[str, Any]) -> None:
-        path = store.path / "commits" / "vectors-00001.json"
+        path = commit_file(store.path, "vectors", 1)
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
         (problem,) = GuideStore.open(store.path).verify()
         assert str(path) in problem
@@ -573,8 +531,8 @@ class TestVerifying:
 
     def test_newer_version_is_refused_by_name(self, store: GuideStore) -> None:
         path = store.path / "store.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
-        with pytest.raises(StoreError, match="has format version 2, this gistfast reads up to 1: upgrade"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 3}))
+        with pytest.raises(StoreError, match="has format version 3, this gistfast reads 2: upgrade"):
             GuideStore.open(store.path)
 
     def test_missing_store_is_refused(self, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Each step leaves on disk what it finished and skips what it finds there: a stopp
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from gistfast.progress import progress
 from gistfast.scores import score_pairs
 from gistfast.settings import build
 from gistfast.store import GuideStore, StoreWriter
+from gistfast.store.request import Mode
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +55,18 @@ def precompute(source: str | Path, *, guide: str | Path, out: str | Path, **opti
         guide=replace(model.info, dtype=settings.store_dtype),
         source=rows,
         holdout=settings.holdout,
-        overwrite=settings.overwrite,
-        resume=settings.resume,
+        mode=_mode(settings),
+        split_roles=settings.split_roles,
+        guide_weight=settings.guide_weight,
+        guide_score=settings.guide_score,
     ) as writer:
         if writer.needs_rows:
             write_rows(writer, rows)
         embed_texts(writer, model)
-        store = GuideStore.open(writer.path)
-        score_pairs(store)
-        build_index(store, settings.index)
+        if missing := writer.missing_vectors():
+            return _unfinished(writer, missing)
+        score_pairs(writer.store())
+        build_index(writer.store(), settings.index)
         store = GuideStore.open(writer.publish())
     logger.info("%s: %d rows, %d texts, %d wide", store.path, store.num_rows, store.num_texts, store.width)
     return store
@@ -94,6 +98,25 @@ def _open_guide(settings: PrecomputeSettings) -> ModelGuide:
         tokens_per_batch=settings.tokens_per_batch,
         decode_with=settings.decode_with,
     )
+
+
+def _mode(settings: PrecomputeSettings) -> Mode:
+    chosen: dict[Mode, bool] = {
+        "resume": settings.resume,
+        "overwrite": settings.overwrite,
+        "append": settings.append,
+        "add_guide": settings.add_guide,
+    }
+    return next((mode for mode, wanted in chosen.items() if wanted), "new")
+
+
+def _unfinished(writer: StoreWriter, missing: Mapping[str, int]) -> GuideStore:
+    """The store as it was: rows were added, and other guides have not embedded their texts yet."""
+    for guide, count in missing.items():
+        logger.warning(
+            "guide %s still lacks %d shards of the new texts: run the same command with that guide", guide, count
+        )
+    return GuideStore.open(writer.path)
 
 
 def write_rows(writer: StoreWriter, rows: RowSource) -> None:

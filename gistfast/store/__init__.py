@@ -1,14 +1,16 @@
 """The guide store: texts, rows of text ids, guide vectors and scores of one corpus under one guide.
 
-    manifest   what store.json says            files     how a file reaches the disk whole
-    shards     one shard and its commit        keys      which texts were seen before
-    writer     rows in, vectors in             reader    everything out
-    replace    a new store takes an old one's place
+    info       guides, data, sizes of shards   manifest  what store.json says
+    files      how a file reaches disk whole   shards    one shard and its commit
+    plan       what a store is becoming        keys      which texts were seen before
+    ingest     rows to texts and ids           writer    rows in, vectors in
+    reader     everything out                  replace   a new store takes an old one's place
 
 The layout on disk is written down in docs/store-format.md.
 """
 
-from gistfast.store.manifest import DataInfo, GuideInfo, Manifest, Plan
+from gistfast.store.info import DataInfo, GuideInfo, GuideScore, Plan, Segment
+from gistfast.store.manifest import Manifest
 from gistfast.store.reader import GuideStore
 from gistfast.store.scores import pending_scores, write_scores
 from gistfast.store.writer import StoreWriter
@@ -16,9 +18,11 @@ from gistfast.store.writer import StoreWriter
 __all__ = [
     "DataInfo",
     "GuideInfo",
+    "GuideScore",
     "GuideStore",
     "Manifest",
     "Plan",
+    "Segment",
     "StoreWriter",
     "pending_scores",
     "write_scores",

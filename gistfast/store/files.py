@@ -13,6 +13,11 @@ import xxhash
 from gistfast.errors import StoreError
 
 
+def fingerprint_of(record: Mapping[str, Any]) -> str:
+    """The xxh3_128 of `record` as JSON with sorted keys, in 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True, ensure_ascii=False).encode())
+
+
 def new_token() -> str:
     """Eight hex digits that no other writer has, for names of files that are not committed yet."""
     return secrets.token_hex(4)

@@ -22,6 +22,11 @@ def text_keys(texts: Sequence[str]) -> list[bytes]:
     return [xxhash.xxh3_128_digest(unicodedata.normalize("NFC", text).encode()) for text in texts]
 
 
+def row_keys(ids: Array) -> list[bytes]:
+    """The key of each row of entry ids (R, C) int64: 16 bytes that rows of the same entries share."""
+    return [xxhash.xxh3_128_digest(row) for row in np.ascontiguousarray(ids, dtype="<i8")]
+
+
 def key_words(keys: Sequence[bytes]) -> Array:
     """Keys as a (keys, 2) array of unsigned 64-bit words."""
     return np.frombuffer(b"".join(keys), dtype=">u8").astype(np.uint64).reshape(-1, 2)
@@ -45,10 +50,10 @@ class Assigned:
 class EntryIds:
     """Gives each distinct text an id, or each distinct pair of role and text when prompts differ by role."""
 
-    def __init__(self, *, roles_share_entries: bool) -> None:
+    def __init__(self, *, one_role: bool) -> None:
         self._numbers = KeyTable()
-        self._roles_share_entries = roles_share_entries
-        # Entry id of each text number under each role; unused when roles share entries: id and number agree.
+        self._one_role = one_role
+        # Entry id of each text number under each role; unused with one role: id and number agree.
         self._entries = np.empty((0, 2), dtype=np.int64)
         self.count = 0
 
@@ -62,7 +67,7 @@ class EntryIds:
         first_seen: dict[bytes, int] = {}
         positions = np.array([first_seen.setdefault(key, len(first_seen)) for key in keys], dtype=np.int64)
         numbers = self._numbers.number(key_words(list(first_seen)))[positions]
-        if self._roles_share_entries:
+        if self._one_role:
             new = _first_appearances(numbers, numbers >= self.count)
             self.count = self._numbers.count
             return Assigned(numbers, new, numbers[new])
@@ -106,6 +111,15 @@ class KeyTable:
             self._insert(keys[new], numbers[new])
         self.count = total
         return numbers
+
+    def contains(self, keys: Array) -> Array:
+        """Whether each key has a number, (N,) bool.
+
+        Args:
+            keys: (N, 2) words.
+        """
+        found: Array = self._find(keys) != _EMPTY
+        return found
 
     def _home(self, keys: Array) -> Array:
         return (keys[:, 0] & np.uint64(len(self._slots) - 1)).astype(np.int64)

@@ -1,97 +1,21 @@
-"""What store.json says: which guide and data a store was made from, and the plan of its shards."""
+"""What store.json says: which guides and data a store was made from, and the plan of its shards."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from gistfast.errors import StoreError
-from gistfast.store.files import read_json, write_json
+from gistfast.store.files import fingerprint_of, read_json, write_json
+from gistfast.store.info import DataInfo, GuideInfo, GuideScore, Plan, Segment
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROWS_PER_SHARD = 65_536
 MANIFEST_NAME = "store.json"
-# Fields that say where guide and data were found, and change nothing else.
-_NAMES = ("name", "revision", "description")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuideInfo:
-    """The guide, to the last thing that changes its vectors.
-
-    Attributes:
-        name: Folder or hub id that the guide was loaded from.
-        revision: Its commit on the hub, or None for a folder.
-        weights_hash: Hash of its weights.
-        tokenizer_hash: Hash of its tokenizer.
-        pooling: How token vectors became one vector, such as "mean", "cls" or "last".
-        query_prompt: Put before each anchor.
-        document_prompt: Put before each positive and negative.
-        max_length: Tokens that the guide saw of a text at most, prompt included; None when it has no limit.
-        dtype: Of the stored vectors: "float16" or "float32".
-        compute_dtype: In which the guide ran.
-        normalised: Whether the stored vectors have length 1.
-        width: Numbers in a vector (G).
-        decoded_with: Name of the tokenizer that cut and decoded the texts first, or None for whole texts.
-    """
-
-    name: str
-    revision: str | None
-    weights_hash: str
-    tokenizer_hash: str
-    pooling: str
-    query_prompt: str
-    document_prompt: str
-    max_length: int | None
-    dtype: str
-    compute_dtype: str
-    normalised: bool
-    width: int
-    decoded_with: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataInfo:
-    """The rows, as they were read.
-
-    Attributes:
-        description: The source in a few words, such as "pairs.parquet".
-        columns: Canonical column names: anchor, positive, negative_1, ...
-        holdout: Share of the distinct positives that was held out, 0 to 1.
-        fingerprint: Hash of the source's contents and of its column mapping.
-        num_rows: Rows in the store.
-        num_texts: Entries of distinct text (per prompt) in the store.
-        skipped: Bad rows that were left out.
-    """
-
-    description: str
-    columns: tuple[str, ...]
-    holdout: float
-    fingerprint: str
-    num_rows: int
-    num_texts: int
-    skipped: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of the shards, in order.
-
-    Attributes:
-        texts: Entries in each shard of texts; vectors are cut alike.
-        rows: Rows in each shard of rows; scores are cut alike.
-    """
-
-    texts: tuple[int, ...]
-    rows: tuple[int, ...]
-
-    def sizes(self, kind: str) -> tuple[int, ...]:
-        """Sizes of the shards of `kind`: "texts", "vectors", "rows" or "scores"."""
-        return self.texts if kind in ("texts", "vectors") else self.rows
+# What the store will be when the shards that it still lacks are there.
+PLAN_NAME = "next.json"
 
 
 @dataclass(frozen=True)
@@ -99,87 +23,151 @@ class Manifest:
     """The contents of store.json.
 
     Attributes:
-        guide: The guide.
+        guides: The guides, in the order in which they were added.
         data: The rows.
-        plan: The shards that make a complete store.
+        guide_score: How the scores of several guides become one.
+        weights: Weight of each guide in the mean.
         format_version: Version of the layout on disk.
     """
 
-    guide: GuideInfo
+    guides: tuple[GuideInfo, ...]
     data: DataInfo
-    plan: Plan
+    guide_score: GuideScore = "mean"
+    weights: tuple[float, ...] = (1.0,)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def guide(self) -> GuideInfo:
+        """The first guide."""
+        return self.guides[0]
+
+    @property
+    def plan(self) -> Plan:
+        """Sizes of all shards of texts and rows."""
+        return self.data.plan
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of guide and data, names of folders aside: 32 hex digits that name the store's contents."""
-        return fingerprint_of({"guide": _identity(self.guide), "data": _identity(self.data)})
+        """Hash of guides and data, names of folders aside: 32 hex digits that name the store's contents."""
+        # How the shards are cut and what the sources were called changes nothing.
+        unlike = {"description": None, "texts": None, "rows": None}
+        segments = [asdict(segment) | unlike for segment in self.data.segments]
+        return fingerprint_of({"guides": self._scoring, "asked": self._asked, "segments": segments})
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """The kind of shard that holds each guide's vectors."""
+        return tuple(f"vectors/{guide.key}" for guide in self.guides)
 
     @cached_property
-    def recipe(self) -> str:
-        """Hash of what the store was asked to be made of; every shard's commit carries it."""
-        return recipe_of(self.guide, self.data.fingerprint, self.data.columns, self.data.holdout)
+    def scores(self) -> str:
+        """The kind of shard that holds the guides' scores."""
+        return f"scores/{fingerprint_of(self._scoring)[:8]}"
 
-    def difference(self, other: "Manifest") -> str | None:
-        """The first field in which `other` was asked for something else than this store has, in words.
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All kinds of shards that make a complete store."""
+        return ("texts", "rows", *self.vectors, self.scores)
+
+    def shards_of(self, kind: str) -> range:
+        """Numbers of the shards of `kind`."""
+        return range(len(self.plan.sizes(kind)))
+
+    def recipe(self, kind: str, shard: int) -> str:
+        """Hash of all that decides what is in a shard; its commit carries it."""
+        segments = self.data.segments
+        ends = accumulate(len(Plan(segment.texts, segment.rows).sizes(kind)) for segment in segments)
+        return self.recipe_of_segment(kind, next(number for number, end in enumerate(ends) if shard < end))
+
+    def recipe_of_segment(self, kind: str, number: int) -> str:
+        """The recipe of all shards of a segment.
+
+        What is in a segment depends on the segments before it, and on none that come later.
+        """
+        guides = dict(zip(self.vectors, (guide.identity for guide in self.guides), strict=True))
+        made_by = self._scoring if kind == self.scores else guides.get(kind)
+        sources = [segment.fingerprint for segment in self.data.segments[: number + 1]]
+        return fingerprint_of({"kind": kind, "by": made_by, "asked": self._asked, "sources": sources})
+
+    def guide_like(self, guide: GuideInfo) -> int | None:
+        """The number of the guide that gives the same vectors; None when the store has no such guide."""
+        numbers = (number for number, own in enumerate(self.guides) if own.identity == guide.identity)
+        return next(numbers, None)
+
+    def difference(self, guide: GuideInfo, columns: tuple[str, ...], holdout: float) -> str | None:
+        """The first thing that was asked for and that this store does not have, in words.
 
         Returns:
             For example "guide.query_prompt: store has '', asked for 'query: '", or None when nothing differs.
         """
-        return _difference(self.guide, other.guide, "guide") or _difference(self.data, other.data, "data")
+        asked = (("data.columns", self.data.columns, columns), ("data.holdout", self.data.holdout, holdout))
+        for name, found, wanted in asked:
+            if found != wanted:
+                return f"{name}: store has {found!r}, asked for {wanted!r}"
+        if self.guide_like(guide) is not None:
+            return None
+        same_weights = (own for own in self.guides if own.weights_hash == guide.weights_hash)
+        nearest = next(same_weights, self.guide)
+        pairs = ((name, own, asdict(guide)[name]) for name, own in asdict(nearest).items())
+        return next(f"guide.{name}: store has {own!r}, asked for {new!r}" for name, own, new in pairs if own != new)
 
-    def write(self, folder: Path) -> None:
-        """Write store.json into `folder`, replacing an earlier one in one step."""
+    def with_segment(self, segment: Segment) -> "Manifest":
+        """The manifest of the store with one segment more."""
+        return replace(self, data=replace(self.data, segments=(*self.data.segments, segment)))
+
+    def with_guide(self, guide: GuideInfo, weight: float, guide_score: GuideScore) -> "Manifest":
+        """The manifest of the store with one guide more, or with another weight for one that it has."""
+        number = self.guide_like(guide)
+        if number is None:
+            guides, weights = (*self.guides, guide), (*self.weights, weight)
+        else:
+            guides, weights = self.guides, (*self.weights[:number], weight, *self.weights[number + 1 :])
+        return replace(self, guides=guides, weights=weights, guide_score=guide_score)
+
+    def write(self, path: Path) -> None:
+        """Write the manifest to `path`, replacing an earlier one in one step."""
         record = asdict(self)
-        write_json(folder / MANIFEST_NAME, {**record, "checksum": fingerprint_of(record)})
+        write_json(path, {**record, "checksum": fingerprint_of(record)})
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """The manifest of the store in `folder`.
+    def read(cls, path: Path) -> "Manifest":
+        """The manifest in the file `path`.
 
         Raises:
-            StoreError: When there is no store.json, it is of a newer version, or it was changed by hand.
+            StoreError: When it is of another version, or it was changed by hand.
         """
-        path = folder / MANIFEST_NAME
-        if not path.is_file():
-            raise StoreError(f"{folder} has no {MANIFEST_NAME}: make a guide store with `gistfast precompute`")
         record = read_json(path)
         version = record.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise StoreError(
-                f"{path} has format version {version}, this gistfast reads up to {FORMAT_VERSION}: upgrade gistfast"
-            )
+        if version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            advice = "upgrade gistfast" if newer else "make the store anew with --overwrite"
+            raise StoreError(f"{path} has format version {version}, this gistfast reads {FORMAT_VERSION}: {advice}")
         if record.pop("checksum", None) != fingerprint_of(record):
             raise StoreError(f"{path} was changed after it was written: restore it, or make the store anew")
         return cls(
-            guide=GuideInfo(**record["guide"]),
-            data=DataInfo(**{**record["data"], "columns": tuple(record["data"]["columns"])}),
-            plan=Plan(texts=tuple(record["plan"]["texts"]), rows=tuple(record["plan"]["rows"])),
-            format_version=version,
+            guides=tuple(GuideInfo(**guide) for guide in record["guides"]),
+            data=_data_info(record["data"]),
+            guide_score=record["guide_score"],
+            weights=tuple(record["weights"]),
         )
 
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What decides which entries rows are made of."""
+        data = self.data
+        return {"columns": data.columns, "holdout": data.holdout, "one_role": data.one_role}
 
-def fingerprint_of(record: Mapping[str, Any]) -> str:
-    """The xxh3_128 of `record` as JSON with sorted keys, in 32 hex digits."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True, ensure_ascii=False).encode())
-
-
-def recipe_of(guide: GuideInfo, data_fingerprint: str, columns: tuple[str, ...], holdout: float) -> str:
-    """Hash of everything that is asked for before the first row is read."""
-    return fingerprint_of({"guide": _identity(guide), "data": data_fingerprint, "columns": columns, "holdout": holdout})
-
-
-def _identity(info: GuideInfo | DataInfo) -> dict[str, Any]:
-    """The fields that change vectors or rows: a folder that moved holds the same guide and the same data."""
-    return {name: value for name, value in asdict(info).items() if name not in _NAMES}
+    @property
+    def _scoring(self) -> dict[str, Any]:
+        """What decides the score of two texts."""
+        guides = [guide.identity for guide in self.guides]
+        return {"guides": guides, "weights": self.weights, "guide_score": self.guide_score}
 
 
-def _difference(have: GuideInfo | DataInfo, want: GuideInfo | DataInfo, prefix: str) -> str | None:
-    if _identity(have) == _identity(want):
-        return None
-    pairs = ((field.name, getattr(have, field.name), getattr(want, field.name)) for field in fields(have))
-    return next(
-        f"{prefix}.{name}: store has {found!r}, asked for {wanted!r}"
-        for name, found, wanted in pairs
-        if found != wanted
+def _data_info(record: Mapping[str, Any]) -> DataInfo:
+    segments = (
+        Segment(**{**segment, "texts": tuple(segment["texts"]), "rows": tuple(segment["rows"])})
+        for segment in record["segments"]
     )
+    lists = {name: tuple(record[name]) for name in ("columns", "tasks")}
+    return DataInfo(**{**record, **lists, "segments": tuple(segments)})

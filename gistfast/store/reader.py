@@ -3,17 +3,19 @@
 Shapes: N ids, R rows, C columns, G guide width.
 """
 
+import math
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from gistfast.errors import StoreError
+from gistfast.store.info import GuideScore
 from gistfast.store.manifest import Manifest
+from gistfast.store.plan import read_finished
 from gistfast.store.replace import replacement_of
 from gistfast.store.shards import Shard, open_shard, pending_shards, read_commit
 from gistfast.store.texts import Texts
@@ -54,14 +56,7 @@ class GuideStore:
                 f"{folder} is missing, its replacement was interrupted: "
                 "run the same `gistfast precompute ... --overwrite` again"
             )
-        manifest = Manifest.read(folder)
-        total = len(manifest.plan.texts)
-        if missing := len(pending_shards(folder, "vectors", manifest.plan)):
-            raise StoreError(
-                f"{folder} is not finished: stage 1 has {total - missing} of {total} shards: "
-                "run `gistfast precompute ... --resume`"
-            )
-        return cls(folder, manifest)
+        return cls(folder, read_finished(folder))
 
     @property
     def fingerprint(self) -> str:
@@ -79,9 +74,24 @@ class GuideStore:
         return self.manifest.data.num_texts
 
     @property
+    def guide_widths(self) -> tuple[int, ...]:
+        """Numbers in a vector of each guide."""
+        return tuple(guide.width for guide in self.manifest.guides)
+
+    @property
+    def guide_score(self) -> GuideScore:
+        """How the scores of several guides become one: "mean", "min" or "max"."""
+        return self.manifest.guide_score
+
+    @property
     def width(self) -> int:
-        """Numbers in a guide vector (G)."""
-        return self.manifest.guide.width
+        """Numbers in what `gather` gives for a text (G): the vectors of all guides, side by side."""
+        return sum(self.guide_widths)
+
+    @property
+    def dtype(self) -> str:
+        """Of what `gather` gives: "float16", or "float32" when a guide is stored so."""
+        return "float32" if any(guide.dtype == "float32" for guide in self.manifest.guides) else "float16"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -96,13 +106,22 @@ class GuideStore:
     @cached_property
     def rows(self) -> Array:
         """Entry ids of every row, (R, C) int64; mapped for one shard, read at once for several."""
-        return _joined([self.rows_of(shard) for shard in range(len(self.manifest.plan.rows))])
+        return _joined([self.rows_of(shard) for shard in self.manifest.shards_of("rows")])
 
     @cached_property
     def held_out(self) -> Array:
         """Whether each row is held out of training, (R,) bool."""
-        shards = range(len(self.manifest.plan.rows))
-        return _joined([_unpacked(self._shard("rows", shard).batch.column("held_out")) for shard in shards])
+        return self._row_column("held_out")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the rows' tasks."""
+        return self.manifest.data.tasks
+
+    @cached_property
+    def task_of_rows(self) -> Array:
+        """The number of each row's task in `tasks`, (R,) int32; -1 for none."""
+        return self._row_column("task")
 
     @cached_property
     def pair_scores(self) -> Array:
@@ -111,41 +130,48 @@ class GuideStore:
         Raises:
             StoreError: When they were not all written.
         """
-        total = len(self.manifest.plan.rows)
-        if missing := len(pending_shards(self.path, "scores", self.manifest.plan)):
+        kind, total = self.manifest.scores, len(self.manifest.plan.rows)
+        if missing := len(pending_shards(self.path, kind, self.manifest)):
             raise StoreError(
                 f"{self.path} has pair scores for {total - missing} of {total} shards: "
                 "run `gistfast precompute ... --resume`"
             )
-        shards = [self._shard("scores", shard) for shard in range(total)]
-        return _joined([shard.tensor(0, torch.float32).numpy() for shard in shards])
+        return _joined([self._shard(kind, shard).tensor(0, torch.float32).numpy() for shard in range(total)])
 
     def rows_of(self, shard: int) -> Array:
         """Entry ids of the rows of one shard, (rows of the shard, C) int64, mapped."""
         ids: Array = self._shard("rows", shard).tensor(0, torch.int64).numpy()
         return ids
 
-    def vectors_of(self, shard: int) -> torch.Tensor:
-        """Guide vectors of one shard of texts, (texts of the shard, G) in the stored dtype, mapped."""
-        return self._shard("vectors", shard).tensor(0, _DTYPES[self.manifest.guide.dtype])
+    def vectors_of(self, shard: int, guide: int = 0) -> torch.Tensor:
+        """A guide's vectors of one shard of texts, (texts of the shard, its width) in its stored dtype, mapped."""
+        kind, dtype = self.manifest.vectors[guide], self.manifest.guides[guide].dtype
+        return self._shard(kind, shard).tensor(0, _DTYPES[dtype])
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
-        """Guide vectors of the entries `ids`, in the stored dtype, on the CPU.
+        """Guide vectors of the entries `ids`, on the CPU.
+
+        The vectors of several guides stand side by side. Where the score is their mean, each is scaled by the
+        root of its weight's share: the inner product of two texts is then the weighted mean of their cosines.
 
         Args:
             ids: Integers of any shape, in any order, repeats allowed.
 
         Returns:
-            (*ids.shape, G).
+            (*ids.shape, G) in `dtype`.
 
         Raises:
             StoreError: When an id is out of range.
         """
         flat = self._checked(ids).numpy()
-        if len(self.manifest.plan.texts) == 1:
-            vectors = self.vectors_of(0).numpy().take(flat, axis=0)
+        guides = self.manifest.guides
+        if len(guides) == 1:
+            vectors = self._gather_of(0, flat)
         else:
-            vectors = self._gather_from_shards(flat)
+            weights = self.manifest.weights
+            scales = [math.sqrt(weight / sum(weights)) if self.guide_score == "mean" else 1.0 for weight in weights]
+            parts = [self._gather_of(number, flat) * np.float32(scales[number]) for number in range(len(guides))]
+            vectors = np.concatenate(parts, axis=1).astype(self.dtype)
         return torch.from_numpy(vectors).view(*ids.shape, self.width)
 
     def identity(self, ids: torch.Tensor) -> torch.Tensor:
@@ -157,8 +183,7 @@ class GuideStore:
             StoreError: When an id is out of range.
         """
         flat = self._checked(ids)
-        guide = self.manifest.guide
-        if guide.query_prompt != guide.document_prompt:
+        if not self.manifest.data.one_role:
             flat = self._identities[flat]
         return flat.view(ids.shape)
 
@@ -196,13 +221,17 @@ class GuideStore:
     def _shard(self, kind: str, index: int) -> Shard:
         key = (kind, index)
         if key not in self._open_shards:
-            commit = read_commit(self.path, kind, index, plan=self.manifest.plan, recipe=self.manifest.recipe)
+            commit = read_commit(self.path, kind, index, self.manifest)
             self._open_shards[key] = open_shard(self.path, commit)
         return self._open_shards[key]
 
+    def _row_column(self, name: str) -> Array:
+        shards = (self._shard("rows", shard).batch for shard in self.manifest.shards_of("rows"))
+        return _joined([shard.column(name).to_numpy(zero_copy_only=False) for shard in shards])
+
     @cached_property
     def _identities(self) -> torch.Tensor:
-        batches = [self._shard("texts", shard).batch for shard in range(len(self.manifest.plan.texts))]
+        batches = [self._shard("texts", shard).batch for shard in self.manifest.shards_of("texts")]
         return torch.from_numpy(np.concatenate([batch.column("identity").to_numpy() for batch in batches]))
 
     def _checked(self, ids: torch.Tensor) -> torch.Tensor:
@@ -216,25 +245,25 @@ class GuideStore:
                 )
         return flat
 
-    def _gather_from_shards(self, ids: Array) -> Array:
+    def _gather_of(self, guide: int, ids: Array) -> Array:
+        """The vectors of one guide, (N, its width), in its stored dtype."""
+        if len(self.manifest.plan.texts) == 1:
+            vectors: Array = self.vectors_of(0, guide).numpy().take(ids, axis=0)
+            return vectors
         # Shards are read in turn, each from its start to its end. NumPy, because it writes whole rows to
         # scattered places 1.5 times as fast as torch, and starts no threads in a loader's worker.
         order = np.argsort(ids, kind="stable")
         ordered = ids[order]
         starts = self.texts.starts
         bounds = np.searchsorted(ordered, starts)
-        vectors = np.empty((len(ids), self.width), dtype=self.manifest.guide.dtype)
+        info = self.manifest.guides[guide]
+        vectors = np.empty((len(ids), info.width), dtype=info.dtype)
         for shard, (first, last) in enumerate(pairwise(bounds)):
             if first < last:
                 local = ordered[first:last] - starts[shard]
-                vectors[order[first:last]] = self.vectors_of(shard).numpy().take(local, axis=0)
+                vectors[order[first:last]] = self.vectors_of(shard, guide).numpy().take(local, axis=0)
         return vectors
 
 
 def _joined(parts: list[Array]) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _unpacked(flags: pa.Array) -> Array:
-    array: Array = flags.to_numpy(zero_copy_only=False)
-    return array

@@ -12,7 +12,7 @@ from gistfast.store.shards import fixed_size_lists, pending_shards, write_shard
 
 def pending_scores(store: GuideStore) -> list[int]:
     """Numbers of the shards of rows that have no scores yet, in order."""
-    return pending_shards(store.path, "scores", store.manifest.plan)
+    return pending_shards(store.path, store.manifest.scores, store.manifest)
 
 
 def write_scores(store: GuideStore, shard: int, scores: np.ndarray[Any, Any]) -> bool:
@@ -31,4 +31,5 @@ def write_scores(store: GuideStore, shard: int, scores: np.ndarray[Any, Any]) ->
         raise StoreError(f"shard {shard} got scores of shape {scores.shape}, expected {expected}")
     field, column = fixed_size_lists("scores", np.ascontiguousarray(scores, dtype=np.float32))
     batch = pa.record_batch([column], schema=pa.schema([field]))
-    return write_shard(store.path, "scores", shard, batch, store.manifest.recipe)
+    kind = store.manifest.scores
+    return write_shard(store.path, kind, shard, batch, store.manifest.recipe(kind, shard))

@@ -23,9 +23,8 @@ from gistfast.store.files import (
     one_line_write_errors,
     read_json,
 )
-from gistfast.store.manifest import Plan
+from gistfast.store.manifest import Manifest
 
-KINDS = ("texts", "rows", "vectors", "scores")
 COMMITS = "commits"
 # What the processor loads at once, and what Arrow recommends.
 ALIGNMENT = 64
@@ -40,7 +39,7 @@ class Commit:
         rows: Rows in the file.
         bytes: Size of the file.
         xxh3_128: Hash of the file.
-        recipe: The store's recipe: a shard of another guide or other data has another one.
+        recipe: From the manifest: a shard of another guide or other data has another one.
     """
 
     file: str
@@ -75,6 +74,13 @@ class Shard:
 def write_shard(store: Path, kind: str, index: int, batch: pa.RecordBatch, recipe: str) -> bool:
     """Write shard `index` of `kind` and commit it; False when another writer had committed it first.
 
+    Args:
+        store: Folder of the store.
+        kind: Folder of the shard inside it: "texts", "rows", "vectors/<guide>", ...
+        index: Number of the shard.
+        batch: What is in it.
+        recipe: What decides what is in it, from `Manifest.recipe`.
+
     Raises:
         StoreError: When the disk is full or the folder cannot be written.
     """
@@ -82,19 +88,19 @@ def write_shard(store: Path, kind: str, index: int, batch: pa.RecordBatch, recip
     path = store / name
     with one_line_write_errors(path):
         for folder in (path.parent, store / COMMITS):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         with durable_file(path) as file:
             sink = ChecksumWriter(file)
             aligned = _aligned(batch)
             with pa.ipc.new_file(sink, aligned.schema) as arrow:
                 arrow.write_batch(aligned)
     commit = Commit(name, batch.num_rows, sink.num_bytes, sink.hexdigest(), recipe)
-    commit_path = _commit_path(store, kind, index)
+    committed_at = commit_path(store, kind, index)
     try:
-        create_json(commit_path, asdict(commit))
+        create_json(committed_at, asdict(commit))
     finally:
         # Also after an interruption: the file stays exactly if its commit does.
-        won = commit_path.is_file() and read_json(commit_path).get("file") == name
+        won = committed_at.is_file() and read_json(committed_at).get("file") == name
         if not won:
             with suppress(OSError):
                 path.unlink()
@@ -104,24 +110,24 @@ def write_shard(store: Path, kind: str, index: int, batch: pa.RecordBatch, recip
 def committed_shards(store: Path, kind: str) -> set[int]:
     """Numbers of the shards of `kind` that have a commit."""
     folder = store / COMMITS
-    pattern = re.compile(rf"{kind}-(\d+)\.json")
+    pattern = re.compile(rf"{_commit_name(kind)}-(\d+)\.json")
     matches = (pattern.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     return {int(match[1]) for match in matches if match}
 
 
-def pending_shards(store: Path, kind: str, plan: Plan) -> list[int]:
+def pending_shards(store: Path, kind: str, manifest: Manifest) -> list[int]:
     """Numbers of the shards of `kind` in the plan that have no commit yet, in order."""
     done = committed_shards(store, kind)
-    return [index for index in range(len(plan.sizes(kind))) if index not in done]
+    return [index for index in range(len(manifest.plan.sizes(kind))) if index not in done]
 
 
-def read_commit(store: Path, kind: str, index: int, *, plan: Plan, recipe: str) -> Commit:
-    """The commit of one shard of a store with this plan and recipe.
+def read_commit(store: Path, kind: str, index: int, manifest: Manifest) -> Commit:
+    """The commit of one shard of a store with this manifest.
 
     Raises:
         StoreError: When it is missing, damaged, made for another store, or points outside the store.
     """
-    path = _commit_path(store, kind, index)
+    path = commit_path(store, kind, index)
     record = read_json(path)
     advice = "restore the file, or make the store anew"
     if {field.name for field in fields(Commit)} != record.keys():
@@ -129,10 +135,11 @@ def read_commit(store: Path, kind: str, index: int, *, plan: Plan, recipe: str) 
     commit = Commit(**record)
     if not re.fullmatch(rf"{kind}/[0-9]+-[0-9a-f]+\.arrow", str(commit.file)):
         raise StoreError(f"{path} names the file {commit.file!r}, expected one in {kind}/: {advice}")
-    if commit.recipe != recipe:
+    if commit.recipe != manifest.recipe(kind, index):
         raise StoreError(f"{path} was written for another guide or other data than this store: {advice}")
-    if commit.rows != plan.sizes(kind)[index]:
-        raise StoreError(f"{path} says {commit.rows} rows, the plan {plan.sizes(kind)[index]}: {advice}")
+    planned = manifest.plan.sizes(kind)[index]
+    if commit.rows != planned:
+        raise StoreError(f"{path} says {commit.rows} rows, the plan {planned}: {advice}")
     return commit
 
 
@@ -175,8 +182,13 @@ def fixed_size_lists(name: str, values: np.ndarray[Any, Any]) -> tuple[pa.Field,
     return pa.field(name, column.type, nullable=False), column
 
 
-def _commit_path(store: Path, kind: str, index: int) -> Path:
-    return store / COMMITS / f"{kind}-{index:05d}.json"
+def commit_path(store: Path, kind: str, index: int) -> Path:
+    """Where the commit of a shard is, or will be."""
+    return store / COMMITS / f"{_commit_name(kind)}-{index:05d}.json"
+
+
+def _commit_name(kind: str) -> str:
+    return kind.replace("/", "-")
 
 
 def _aligned(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -5,10 +5,7 @@ A store appears under its name once all its rows are in; from then on any number
 
 import logging
 import shutil
-from dataclasses import replace
 from pathlib import Path
-from textwrap import shorten
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -16,10 +13,24 @@ import pyarrow as pa
 
 from gistfast.dataset import Rows, RowSource
 from gistfast.errors import StoreError, VectorError
+from gistfast.store.info import GuideInfo, GuideScore
 from gistfast.store.ingest import Ingest
-from gistfast.store.manifest import MANIFEST_NAME, DataInfo, GuideInfo, Manifest, recipe_of
+from gistfast.store.manifest import PLAN_NAME, Manifest
+from gistfast.store.plan import (
+    FolderLock,
+    finish_plan,
+    is_store,
+    missing_vectors,
+    read_finished,
+    read_plan,
+    refuse_missing_vectors,
+    remove_unplanned,
+)
+from gistfast.store.reader import GuideStore
 from gistfast.store.replace import ReadingFolder, remove_leftovers, replace_store, replacement_of
-from gistfast.store.shards import fixed_size_lists, open_shard, pending_shards, read_commit, write_shard
+from gistfast.store.request import Mode, Request, refuse_unless_free
+from gistfast.store.shards import open_shard, pending_shards, read_commit, write_shard
+from gistfast.store.vectors import vector_batch
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +45,16 @@ class StoreWriter:
         path: Where the store is, or will be, written: its own name, or one beside it until `publish`.
     """
 
-    def __init__(self, final_path: Path, path: Path, *, guide: GuideInfo, source: RowSource, holdout: float) -> None:
+    def __init__(self, final_path: Path, path: Path, request: Request) -> None:
         """Use `create`, which finds out where to write and what is there already."""
         self.path = path
         self._final_path = final_path
-        self._guide = guide
-        self._source = source
-        self._holdout = holdout
-        self._manifest: Manifest | None = None
-        self._folder: ReadingFolder | None = None
+        self._request = request
+        self._plan: Manifest | None = None
         self._ingest: Ingest | None = None
+        # Rows are read into a folder of their own, or into a store that no one else may add to meanwhile.
+        self._folder: ReadingFolder | None = None
+        self._lock: FolderLock | None = None
 
     @classmethod
     def create(
@@ -52,9 +63,11 @@ class StoreWriter:
         *,
         guide: GuideInfo,
         source: RowSource,
-        holdout: float = 0.0,
-        overwrite: bool = False,
-        resume: bool = False,
+        holdout: float | None = None,
+        mode: Mode = "new",
+        split_roles: bool = False,
+        guide_weight: float = 1.0,
+        guide_score: GuideScore | None = None,
     ) -> "StoreWriter":
         """A writer for the store at `path`, new or to go on with.
 
@@ -62,45 +75,63 @@ class StoreWriter:
             path: Folder of the store.
             guide: The guide whose vectors will be written.
             source: The rows.
-            holdout: Share of the distinct positives to hold out, 0 to 1.
-            overwrite: Make the store anew; one that is there keeps its place until `publish`.
-            resume: Go on with a store that is there, or with an overwrite that was interrupted.
+            holdout: Share of the distinct positives to hold out, 0 to 1; when None, as the store has it, and none
+                of a new one.
+            mode: "new" makes a store where none is. "resume" goes on with one that is there, or with an
+                overwrite that was interrupted. "overwrite" makes it anew; the one that is there keeps its place
+                until `publish`. "append" adds rows that the store does not have, "add_guide" another guide.
+            split_roles: Give a text one entry for each role even where the guide reads both alike, for guides
+                that are added later.
+            guide_weight: Weight of a guide that is added.
+            guide_score: How scores of several guides become one; when None, as the store has it.
 
         Raises:
-            StoreError: When something is at `path` that neither flag allows to touch, or the store there was
+            StoreError: When something is at `path` that the mode does not allow to touch, or the store there was
                 made with another guide or other data (the first field that differs is named).
         """
         # A link keeps pointing at the store when another one takes its place.
         final = Path(path).resolve()
-        _refuse_unless_free(final, replaceable=overwrite or resume)
+        refuse_unless_free(final, mode)
         remove_leftovers(final)
-        replacement = replacement_of(final)
-        recipe = recipe_of(guide, source.fingerprint, source.columns, holdout)
-        interrupted = (overwrite or resume) and _recipe_at(replacement) == recipe
-        target = replacement if interrupted or (overwrite and _is_store(final)) else final
-        writer = cls(final, target, guide=guide, source=source, holdout=holdout)
-        if interrupted or (resume and _is_store(target)):
-            logger.info("going on with %s", target)
-            writer._adopt()
-        else:
-            writer._begin(recipe)
+        request, replacement = Request(guide, source, holdout), replacement_of(final)
+        interrupted = mode in ("overwrite", "resume") and request.made(replacement)
+        target = replacement if interrupted or (mode == "overwrite" and is_store(final)) else final
+        writer = cls(final, target, request)
+        try:
+            if mode == "append" and is_store(target):
+                writer._begin_append()
+            elif mode == "add_guide":
+                writer._add_guide(guide_weight, guide_score)
+            elif interrupted or (mode == "resume" and is_store(target)):
+                logger.info("going on with %s", target)
+                writer._adopt(read_plan(target))
+            else:
+                writer._begin(request.new_store(split_roles=split_roles))
+        except BaseException:
+            writer.close()
+            raise
         return writer
+
+    @property
+    def guide(self) -> GuideInfo:
+        """The guide whose vectors are written."""
+        return self._request.guide
 
     @property
     def needs_rows(self) -> bool:
         """Whether rows are to be added; False when the store had them already."""
-        return self._manifest is None
+        return self._plan is None
 
     @property
     def manifest(self) -> Manifest:
-        """What store.json says.
+        """What the store will be.
 
         Raises:
             StoreError: While rows are missing.
         """
-        if self._manifest is None:
+        if self._plan is None:
             raise StoreError(f"{self._final_path} lacks its rows: add them and call finish_rows first")
-        return self._manifest
+        return self._plan
 
     def add_rows(self, rows: Rows) -> None:
         """Add a batch of rows; each distinct text is kept once.
@@ -113,34 +144,40 @@ class StoreWriter:
         self._ingest.add(rows)
 
     def finish_rows(self) -> None:
-        """Write store.json and let the store appear under its name, with all rows and no vectors yet.
+        """Plan the store with all its rows, and no vectors of them yet; a new one appears under its name.
 
         When another process finished the same store first, its rows are taken and this one's removed.
 
         Raises:
-            StoreError: When no row was added, or another store took the name.
+            DataError: When no row was added.
+            StoreError: When another store took the name, or the folder cannot be written.
         """
-        if self._ingest is None or self._folder is None:
+        if self._ingest is None:
             raise StoreError(f"{self._final_path} has its rows already: ask needs_rows before finishing them")
-        plan = self._ingest.finish()
-        data = DataInfo(
-            description=self._source.description,
-            columns=self._source.columns,
-            holdout=self._holdout,
-            fingerprint=self._source.fingerprint,
-            num_rows=self._ingest.num_rows,
-            num_texts=self._ingest.num_texts,
-            skipped=self._source.skipped,
-        )
-        Manifest(self._guide, data, plan).write(self._folder.path)
-        if not self._folder.move_to(self.path):
-            logger.info("another process finished the rows of %s first: going on with them", self._final_path)
-        self._folder = self._ingest = None
-        self._adopt()
+        plan = self._ingest.finish(skipped=self._request.source.skipped)
+        new = plan.data.segments[-1]
+        if self._folder is not None:
+            plan.write(self._folder.path / PLAN_NAME)
+            if not self._folder.move_to(self.path):
+                logger.info("another process finished the rows of %s first: going on with them", self._final_path)
+            self._folder = None
+            self._adopt(read_plan(self.path))
+        elif new.num_rows:
+            plan.write(self.path / PLAN_NAME)
+            self._plan = plan
+            logger.info("%d rows and %d texts are new, %d rows were there", new.num_rows, new.num_texts, new.repeated)
+        else:
+            self._plan = read_finished(self.path)
+            logger.info("all %d rows were there already: %s stays as it is", new.repeated, self.path)
+        self.close()
 
     def pending_shards(self) -> list[int]:
         """Numbers of the shards whose vectors are not committed, by this process or another, in order."""
-        return pending_shards(self.path, "vectors", self.manifest.plan)
+        return pending_shards(self.path, self._kind, self.manifest)
+
+    def missing_vectors(self) -> dict[str, int]:
+        """How many shards of vectors are missing of each guide that lacks some, by its name."""
+        return missing_vectors(self.path, self.manifest)
 
     def texts_of(self, shard: int) -> list[str]:
         """The texts whose vectors make up `shard`, in order."""
@@ -166,27 +203,32 @@ class StoreWriter:
                 array has another shape.
             StoreError: When the disk is full or the folder cannot be written.
         """
-        expected = (self.manifest.plan.texts[shard], self._guide.width)
+        guide, sizes = self.guide, self.manifest.plan.texts
+        expected = (sizes[shard], guide.width)
         if vectors.shape != expected:
             raise VectorError(
                 f"shard {shard} got vectors of shape {vectors.shape}, expected {expected}: check the guide"
             )
-        # An overflow shows as an infinite value, which is refused below with its text.
-        with np.errstate(over="ignore", invalid="ignore"):
-            stored = np.ascontiguousarray(vectors, dtype=self._guide.dtype)
-        self._check_vectors(shard, stored)
-        field, column = fixed_size_lists("vector", stored)
-        batch = pa.record_batch([column], schema=pa.schema([field]))
-        return write_shard(self.path, "vectors", shard, batch, self.manifest.recipe)
+        batch = vector_batch(vectors, guide.dtype, self.texts_of(shard), sum(sizes[:shard]))
+        return write_shard(self.path, self._kind, shard, batch, self.manifest.recipe(self._kind, shard))
+
+    def store(self) -> GuideStore:
+        """The store to be, for what is made of its vectors before others may read it.
+
+        Raises:
+            StoreError: When vectors are missing.
+        """
+        refuse_missing_vectors(self.path, self.manifest)
+        return GuideStore(self.path, self.manifest)
 
     def publish(self) -> Path:
-        """Let a replacement take its place, in one step; the folder of the store.
+        """Let what was written be the store, in one step; its folder.
 
         Raises:
             StoreError: When vectors are missing, or the folders cannot be renamed.
         """
-        if missing := self.pending_shards():
-            raise StoreError(f"{self.path} still lacks {len(missing)} shards of vectors: go on with --resume")
+        refuse_missing_vectors(self.path, self.manifest)
+        finish_plan(self.path, self.manifest)
         if self.path != self._final_path:
             replace_store(self._final_path)
             self.path = self._final_path
@@ -196,84 +238,63 @@ class StoreWriter:
         """Remove rows that were not finished; a store that has appeared stays as it is."""
         if self._folder is not None:
             self._folder.remove()
-            self._folder = self._ingest = None
+        if self._lock is not None:
+            self._lock.release()
+        self._folder = self._ingest = self._lock = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin(self, recipe: str) -> None:
-        """Start an empty store."""
+    @property
+    def _kind(self) -> str:
+        return f"vectors/{self.guide.key}"
+
+    def _begin(self, plan: Manifest) -> None:
+        """Start a store."""
         if self.path != self._final_path:
             # What is left of a replacement that was begun with other settings.
             shutil.rmtree(self.path, ignore_errors=True)
         self._folder = ReadingFolder(self._final_path)
-        self._ingest = Ingest(
-            self._folder.path,
-            num_columns=len(self._source.columns),
-            holdout=self._holdout,
-            shared_prompt=self._guide.query_prompt == self._guide.document_prompt,
-            recipe=recipe,
-        )
+        self._ingest = Ingest(self._folder.path, plan)
 
-    def _adopt(self) -> None:
-        """Go on with the store that is there, if it is the one asked for."""
-        manifest = Manifest.read(self.path)
-        data = replace(
-            manifest.data,
-            fingerprint=self._source.fingerprint,
-            columns=self._source.columns,
-            holdout=self._holdout,
-        )
-        if difference := manifest.difference(Manifest(self._guide, data, manifest.plan)):
+    def _begin_append(self) -> None:
+        """Start a segment, or go on with the one that these rows have."""
+        self._lock = FolderLock(self.path)
+        plan = read_plan(self.path)
+        if self._request.has_rows_in(plan):
+            logger.info("%s has the rows of %s already", self.path, self._request.source.description)
+            self._adopt(plan)
+            self.close()
+            return
+        if (self.path / PLAN_NAME).is_file():
             raise StoreError(
-                f"{self.path} was made from something else: {difference}: "
-                "give the same settings, or --overwrite, or another --out"
+                f"{self.path} is not finished: complete it with --resume and {plan.data.segments[-1].description}, "
+                "or give up what is unfinished with `gistfast store gc --unfinished`"
             )
-        self._manifest = manifest
+        self._request.refuse_difference(self.path, plan)
+        remove_unplanned(self.path, plan)
+        self._ingest = Ingest(self.path, plan.with_segment(self._request.segment))
+
+    def _add_guide(self, weight: float, guide_score: GuideScore | None) -> None:
+        """Plan the store with this guide beside those that it has."""
+        self._lock = FolderLock(self.path)
+        plan = read_plan(self.path)
+        wanted = self._request.with_guide(self.path, plan, weight, guide_score or plan.guide_score)
+        if wanted != plan:
+            if (self.path / PLAN_NAME).is_file():
+                raise StoreError(f"{self.path} is not finished: complete it first with --resume, then add the guide")
+            wanted.write(self.path / PLAN_NAME)
+        self._adopt(wanted)
+        self.close()
+
+    def _adopt(self, plan: Manifest) -> None:
+        """Go on with the store that is there, if it is the one asked for."""
+        self._request.refuse_difference(self.path, plan)
+        self._request.refuse_other_rows(self.path, plan)
+        self._plan = plan
 
     def _text_columns(self, shard: int) -> pa.RecordBatch:
-        manifest = self.manifest
-        commit = read_commit(self.path, "texts", shard, plan=manifest.plan, recipe=manifest.recipe)
-        return open_shard(self.path, commit).batch
-
-    def _check_vectors(self, shard: int, vectors: np.ndarray[Any, Any]) -> None:
-        finite = np.isfinite(vectors).all(axis=1)
-        good = finite & vectors.any(axis=1)
-        if good.all():
-            return
-        bad = int(np.argmin(good))
-        what = "a zero vector" if finite[bad] else "a vector that is not finite"
-        entry = sum(self.manifest.plan.texts[:shard]) + bad
-        text = shorten(self.texts_of(shard)[bad], 80, placeholder=" ...")
-        others = int((~good).sum()) - 1
-        raise VectorError(
-            f"the guide gave {what} as {vectors.dtype} for text {entry}, {text!r}"
-            f"{f', and {others} more like it' if others else ''}: check the guide and its --dtype"
-        )
-
-
-def _is_store(path: Path) -> bool:
-    return (path / MANIFEST_NAME).is_file()
-
-
-def _recipe_at(path: Path) -> str | None:
-    """The recipe of the store at `path`; None when there is none that can be read."""
-    try:
-        return Manifest.read(path).recipe
-    except StoreError:
-        return None
-
-
-def _refuse_unless_free(path: Path, *, replaceable: bool) -> None:
-    if _is_store(path):
-        if not replaceable:
-            raise StoreError(
-                f"{path} exists: go on with --resume, make it anew with --overwrite, or choose another --out"
-            )
-    elif path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise StoreError(f"{path} exists and is not a guide store: choose another --out")
+        return open_shard(self.path, read_commit(self.path, "texts", shard, self.manifest)).batch
