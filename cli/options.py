@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import typer
@@ -11,23 +12,43 @@ import typer
 from gistfast.errors import ConfigError, GistfastError
 from gistfast.progress import console
 from gistfast.settings import Settings, build, flag_of
+from gistfast.settings_file import read_settings_file
 
 S = TypeVar("S", bound=Settings)
 
 
 def command(settings_class: type[S], run: Callable[[S], None]) -> Callable[..., None]:
-    """A function that Typer can register: one parameter a field, `run` called with the built settings."""
+    """A function that Typer can register: one parameter a field, `run` called with the built settings.
+
+    `--config FILE` gives settings, too; what stands on the command line goes before it.
+    """
     hints = get_type_hints(settings_class)
 
-    def call(**values: Any) -> None:
+    def call(context: typer.Context, config: Path | None, **values: Any) -> None:
         with errors_in_one_line(settings_class.when_stopped):
-            run(build(settings_class, {name: value for name, value in values.items() if value is not None}))
+            from_file = {} if config is None else read_settings_file(config)
+            typed = {name: value for name, value in values.items() if _was_typed(context, name)}
+            run(build(settings_class, from_file | typed))
 
-    parameters = [_parameter(item, hints[item.name]) for item in fields(settings_class)]
+    parameters = [_CONTEXT, *(_parameter(item, hints[item.name]) for item in fields(settings_class)), _CONFIG]
     call.__doc__ = settings_class.about
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return call
+
+
+_CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+_CONFIG = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=typer.Option(None, "--config", metavar="FILE", help="YAML or JSON file with settings by name."),
+    annotation=Path | None,
+)
+
+
+def _was_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @contextmanager
@@ -53,12 +74,15 @@ def _parameter(item: "Field[Any]", hint: Any) -> inspect.Parameter:
     if item.metadata["parse"] is not None:
         annotation = str | None
         default = ",".join(default) if isinstance(default, tuple) and default else None
+    elif default is MISSING:
+        # Asked for when the settings are built: a file may have it.
+        annotation = hint | None
     option = _argument(item) if item.metadata.get("positional") else _option(item, default)
     return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
 
 
 def _argument(item: "Field[Any]") -> Any:
-    return typer.Argument(metavar=item.name.upper(), help=item.metadata["help"], show_default=False)
+    return typer.Argument(None, metavar=item.name.upper(), help=item.metadata["help"], show_default=False)
 
 
 def _option(item: "Field[Any]", default: Any) -> Any:
@@ -68,5 +92,7 @@ def _option(item: "Field[Any]", default: Any) -> Any:
     limits = "".join(f", {words} {limit}" for words, limit in item.metadata["limits"].items())
     help = item.metadata["help"] + (f" [{limits[2:]}]" if limits else "")
     # Nothing, an empty text and a switch that is off need no word; 0 does.
-    shown = bool(default) or type(default) in (int, float)
-    return typer.Option(... if default is MISSING else default, names, help=help, show_default=shown)
+    shown = default is not MISSING and (bool(default) or type(default) in (int, float))
+    if default is MISSING:
+        help += " [required]"
+    return typer.Option(None if default is MISSING else default, names, help=help, show_default=shown)

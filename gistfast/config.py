@@ -47,7 +47,7 @@ class PrecomputeSettings(Settings):
         "Where the columns are, e.g. anchor=title,positive=body; found by name when left out.",
         parse=column_names,
     )
-    config: str | None = setting(None, "Configuration of a hub data set.")
+    subset: str | None = setting(None, "Subset (configuration) of a hub data set.")
     split: str | None = setting(None, "Split of a data set.")
     revision: str | None = setting(None, "Revision of a hub data set.")
     on_bad_row: Literal["stop", "skip"] = setting("stop", "What to do with a row whose text is missing or empty.")

@@ -149,7 +149,7 @@ def read_rows(
     source: str | Path,
     *,
     columns: Mapping[str, str] | None = None,
-    config: str | None = None,
+    subset: str | None = None,
     split: str | None = None,
     revision: str | None = None,
     on_bad_row: Literal["stop", "skip"] = "stop",
@@ -162,7 +162,7 @@ def read_rows(
             kept.
         columns: Names in the file by canonical name, such as {"anchor": "title"}; others are found by the
             names that sentence-transformers uses. "task" names the rows' tasks.
-        config: Configuration of a hub data set.
+        subset: Subset (configuration) of a hub data set.
         split: Split of a hub or saved data set; "train" when not given.
         revision: Branch, tag or commit of a hub data set.
         on_bad_row: "stop" raises at the first bad row, "skip" leaves bad rows out and counts them.
@@ -171,7 +171,7 @@ def read_rows(
         ConfigError: When an option does not go with the source.
         DataError: When the source is missing, unreachable or empty, or has no such columns.
     """
-    files, description = find_files(source, config=config, split=split, revision=revision)
+    files, description = find_files(source, subset=subset, split=split, revision=revision)
     return RowSource(files, description=description, columns=columns, on_bad_row=on_bad_row)
 
 

@@ -20,25 +20,25 @@ _KNOWN = ", ".join(FORMATS)
 
 
 def find_files(
-    source: str | Path, *, config: str | None, split: str | None, revision: str | None
+    source: str | Path, *, subset: str | None, split: str | None, revision: str | None
 ) -> tuple[list[RowFile], str]:
     """The files of `source`, at least one, and what to call them together.
 
     Raises:
-        ConfigError: When config, split or revision do not go with the source.
+        ConfigError: When subset, split or revision do not go with the source.
         DataError: When the source is missing, unreachable, or of no known format.
     """
     text = str(source)
     path = Path(source)
     if path.is_dir() and _is_saved(path):
-        _refuse_hub_options(text, "a saved data set", config=config, revision=revision)
+        _refuse_hub_options(text, "a saved data set", subset=subset, revision=revision)
         return _one(_load_saved(path, split), _called(path.name, None, split))
     local = _local_files(path, text)
-    if local and not (path.is_dir() and (config or split)):
-        _refuse_hub_options(text, "plain files", config=config, revision=revision, split=split)
+    if local and not (path.is_dir() and (subset or split)):
+        _refuse_hub_options(text, "plain files", subset=subset, revision=revision, split=split)
         return [FORMATS[file.suffix](file) for file in local], path.name
     if path.is_dir() or (_HUB_ID.fullmatch(text) and path.suffix not in FORMATS):
-        return _one(_load_from_hub(text, config, split, revision), _called(text, config, split))
+        return _one(_load_from_hub(text, subset, split, revision), _called(text, subset, split))
     raise DataError(f"{text} is not there: expected a {_KNOWN} file, a folder or glob of these, or a hub id")
 
 
@@ -46,8 +46,8 @@ def _one(dataset: "Dataset", description: str) -> tuple[list[RowFile], str]:
     return [SavedDataset(dataset, description)], description
 
 
-def _called(name: str, config: str | None, split: str | None) -> str:
-    return f"{name} ({', '.join(part for part in (config, split or 'train') if part)})"
+def _called(name: str, subset: str | None, split: str | None) -> str:
+    return f"{name} ({', '.join(part for part in (subset, split or 'train') if part)})"
 
 
 def _is_saved(path: Path) -> bool:
@@ -97,16 +97,16 @@ def _load_saved(path: Path, split: str | None) -> "Dataset":
     return loaded[wanted]
 
 
-def _load_from_hub(name: str, config: str | None, split: str | None, revision: str | None) -> "Dataset":
+def _load_from_hub(name: str, subset: str | None, split: str | None, revision: str | None) -> "Dataset":
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     if split is None:
         logger.info("taking the split 'train' of %s", name)
     try:
-        return load_dataset(name, config, split=split or "train", revision=revision)
+        return load_dataset(name, subset, split=split or "train", revision=revision)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             f"cannot load {name} as a data set: {first_line(error)}: "
-            "check the path or hub id, --config, --split and the network"
+            "check the path or hub id, --subset, --split and the network"
         ) from error

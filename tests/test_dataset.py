@@ -286,7 +286,7 @@ def test_source_that_cannot_be_read_is_named(
 
 def test_unreachable_hub_is_one_clear_line() -> None:
     with pytest.raises(DataError, match="cannot load nobody/no-such-data as a data set: ") as caught:
-        read_rows("nobody/no-such-data", config="pair", split="train")
+        read_rows("nobody/no-such-data", subset="pair", split="train")
     assert "\n" not in str(caught.value)
 
 
@@ -347,12 +347,12 @@ def test_local_copy_of_a_hub_repository_is_read_by_config_and_split(tmp_path: Pa
     )
     write_parquet(repository / "pair" / "train.parquet", ROWS)
     write_parquet(repository / "pair" / "dev.parquet", ROWS[:1])
-    source = read_rows(repository, config="pair", split="dev")
+    source = read_rows(repository, subset="pair", split="dev")
     assert source.description.endswith("repository (pair, dev)")
     assert texts(source) == [tuple(ROWS[0].values())]
-    assert texts(read_rows(repository, config="pair")) == [tuple(row.values()) for row in ROWS]
+    assert texts(read_rows(repository, subset="pair")) == [tuple(row.values()) for row in ROWS]
     with pytest.raises(DataError, match=r"cannot load .*repository as a data set: "):
-        read_rows(repository, config="triplet")
+        read_rows(repository, subset="triplet")
 
 
 def test_tasks_are_found_by_name_or_mapped_and_follow_their_rows(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def _open_rows(settings: PrecomputeSettings) -> RowSource:
     return read_rows(
         settings.source,
         columns=settings.columns,
-        config=settings.config,
+        subset=settings.subset,
         split=settings.split,
         revision=settings.revision,
         on_bad_row=settings.on_bad_row,
