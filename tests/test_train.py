@@ -434,7 +434,10 @@ def test_unfinished_store_is_refused(run: Callable[..., TrainReport], guide_fold
     folder.mkdir()
     unfinished = make_store(folder, guide_folder)
     next((unfinished.path / "commits").glob("vectors*")).unlink()
-    with pytest.raises(StoreError, match="stage 1 has 0 of 1 shards: run `gistfast precompute"):
+    with pytest.raises(StoreError, match="has lost 1 of its shards of vectors: run `gistfast store repair"):
+        run(store=unfinished.path)
+    (unfinished.path / "store.json").rename(unfinished.path / "next.json")
+    with pytest.raises(StoreError, match="stage 1 has 0 of 1 shards of vectors: run `gistfast precompute"):
         run(store=unfinished.path)
 
 

@@ -15,7 +15,7 @@ import torch
 from gistfast.errors import StoreError
 from gistfast.store.info import GuideScore
 from gistfast.store.manifest import Manifest
-from gistfast.store.plan import read_finished
+from gistfast.store.plan import missing_vectors, read_finished
 from gistfast.store.replace import replacement_of
 from gistfast.store.shards import Shard, open_shard, pending_shards, read_commit
 from gistfast.store.texts import Texts
@@ -48,7 +48,8 @@ class GuideStore:
         """The store at `path`.
 
         Raises:
-            StoreError: When there is none, stage 1 has not finished it, or a newer gistfast wrote it.
+            StoreError: When there is none, stage 1 has not finished it, it has lost vectors, or another version
+                of gistfast wrote it.
         """
         folder = Path(path).absolute()
         if not folder.exists() and replacement_of(folder).exists():
@@ -56,7 +57,10 @@ class GuideStore:
                 f"{folder} is missing, its replacement was interrupted: "
                 "run the same `gistfast precompute ... --overwrite` again"
             )
-        return cls(folder, read_finished(folder))
+        manifest = read_finished(folder)
+        if lost := sum(missing_vectors(folder, manifest).values()):
+            raise StoreError(f"{folder} has lost {lost} of its shards of vectors: run `gistfast store repair {folder}`")
+        return cls(folder, manifest)
 
     @property
     def fingerprint(self) -> str:
