@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from gistfast.adapter import import_peft, merge_adapter, whole_folder
 from gistfast.errors import ConfigError, ModelError, first_line
 from gistfast.model_folder import ModelFolder
 
@@ -14,10 +15,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Pooling = Literal["mean", "cls", "last", "max"]
+Pooling = Literal["mean", "cls", "last", "max", "weightedmean", "mean_sqrt_len"]
 
 # What sentence-transformers calls them.
-POOLING_MODES: dict[str, str] = {"mean": "mean", "cls": "cls", "last": "lasttoken", "max": "max"}
+POOLING_MODES: dict[str, str] = {
+    "mean": "mean",
+    "cls": "cls",
+    "last": "lasttoken",
+    "max": "max",
+    "weightedmean": "weightedmean",
+    "mean_sqrt_len": "mean_sqrt_len_tokens",
+}
 
 # What the loaders raise for a damaged or strange model folder, beside safetensors' own error.
 LOADING_ERRORS = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
@@ -32,7 +40,7 @@ def load_sentence_transformer(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> "SentenceTransformer":
-    """A sentence-transformers model of the folder, in evaluation mode.
+    """A sentence-transformers model of the folder, in evaluation mode; an adapter is merged into its base.
 
     Args:
         folder: From `model_folder`.
@@ -44,9 +52,13 @@ def load_sentence_transformer(
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
+        DependencyError: When the folder holds an adapter and peft is not installed.
         ModelError: When it does not load, has no pooling, or cannot see `max_length` tokens.
     """
     from safetensors import SafetensorError
+
+    if folder.base is not None:
+        import_peft(folder.name)
 
     if not folder.is_sentence_transformer and pooling is None:
         raise ModelError(
@@ -55,8 +67,10 @@ def load_sentence_transformer(
         )
     read = _read_modules if folder.is_sentence_transformer else _read_plain
     try:
-        with no_weight_bar():
-            model = read(folder, pooling, dtype, device, trust_remote_code)
+        with no_weight_bar(), whole_folder(folder) as whole:
+            model = read(whole, pooling, dtype, device, trust_remote_code)
+            if folder.base is not None:
+                merge_adapter(model, folder)
     except (*LOADING_ERRORS, SafetensorError) as error:
         raise ModelError(f"{folder.name} does not load as a model: {_reason(error)}") from error
     if max_length is not None:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, MPNetConfig, MPNetModel
 
 from gistfast.errors import ConfigError, ModelError
 from gistfast.model_folder import model_folder
-from gistfast.pretrained import load_sentence_transformer, pick_device
+from gistfast.pretrained import POOLING_MODES, load_sentence_transformer, pick_device
 
 
 def copy_of(folder: Path, to: Path) -> Path:
@@ -49,7 +49,14 @@ def test_plain_transformer_with_pooling_is_the_sentence_transformer(tiny_student
     assert (plain.encode("a small text") == whole.encode("a small text")).all()
 
 
-@pytest.mark.parametrize(("pooling", "mode"), [("cls", "cls"), ("last", "lasttoken"), ("max", "max")])
+def test_every_pooling_of_sentence_transformers_is_offered() -> None:
+    assert set(POOLING_MODES.values()) == set(modules.Pooling.POOLING_MODES)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "mode"),
+    [("cls", "cls"), ("last", "lasttoken"), ("max", "max"), ("weightedmean", "weightedmean")],
+)
 def test_pooling_takes_the_place_of_the_models_own(tiny_student: Path, pooling: str, mode: str) -> None:
     model = load_sentence_transformer(model_folder(str(tiny_student)), pooling=pooling, device="cpu")  # type: ignore[arg-type]
     pool = model[1]
