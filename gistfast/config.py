@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass
 from typing import Literal
 
 from gistfast.errors import ConfigError
+from gistfast.guide_kinds import guide_kind, refuse_options_of_other_guides
 from gistfast.settings import (
     Settings,
     argument,
@@ -19,6 +20,7 @@ from gistfast.settings import (
     refuse_unknown_device,
     setting,
     to_dict,
+    vector_places,
 )
 
 __all__ = [
@@ -39,7 +41,11 @@ class PrecomputeSettings(Settings):
     when_stopped = "stopped: the same command with --resume goes on from here"
 
     source: str = argument("File, folder, glob or hub id that holds the rows of text.")
-    guide: str = setting(MISSING, "Guide model: a folder or a hub id.")
+    guide: str = setting(
+        MISSING,
+        "Guide model: a folder or a hub id; or the address of an embedding server (https://host/v1), or a file of "
+        "texts whose vectors are ready.",
+    )
     out: str = setting(MISSING, "Folder of the guide store to write.")
 
     columns: Mapping[str, str] | None = setting(
@@ -60,11 +66,11 @@ class PrecomputeSettings(Settings):
     )
 
     guide_prompt: str | None = setting(
-        None, "Prompt that the guide puts before every text; its own when left out, '' for none."
+        None, "Prompt that stands before every text; the guide's own when left out, '' for none."
     )
     query_prompt: str | None = setting(None, "Prompt before anchors, in place of --guide-prompt.")
     document_prompt: str | None = setting(None, "Prompt before positives and negatives, in place of --guide-prompt.")
-    pooling: Literal["mean", "cls", "last", "max"] | None = setting(
+    pooling: Literal["mean", "cls", "last", "max", "weightedmean", "mean_sqrt_len"] | None = setting(
         None, "How the guide makes one vector of its tokens: a plain transformers guide needs it."
     )
     max_length: int | None = setting(
@@ -82,6 +88,20 @@ class PrecomputeSettings(Settings):
     device: str = setting("auto", "Device of the guide: auto, cpu, cuda or cuda:N.")
     tokens_per_batch: int | None = setting(
         None, "Tokens of a forward pass; chosen for the device when left out.", at_least=1
+    )
+    guide_model: str | None = setting(None, "What an embedding server calls the model; a server needs it.")
+    server_concurrency: int = setting(8, "Requests on their way to an embedding server at once.", at_least=1)
+    server_batch: int = setting(32, "Texts of a request; halved where the server refuses so many.", at_least=1)
+    server_timeout_s: float = setting(120.0, "Seconds without an answer after which a request is sent again.", above=0)
+    server_retries: int = setting(6, "How often a request that failed is sent again.", at_least=0)
+    api_key_env: str = setting(
+        "GISTFAST_API_KEY", "Environment variable with the key of an embedding server; none is sent when it is not set."
+    )
+    vectors: Mapping[str, str] | None = setting(
+        None,
+        "Where ready vectors are, e.g. text=embedding or anchor=a.npy,positive=p.npy: columns of texts, and their "
+        "columns of vectors or .npy files; found by name when left out.",
+        parse=vector_places,
     )
     index: Literal["auto", "flat", "ivf", "none"] = setting("auto", "Kind of the FAISS index over the vectors.")
 
@@ -104,6 +124,9 @@ class PrecomputeSettings(Settings):
         if not self.add_guide and (self.guide_weight != 1 or self.guide_score is not None):
             raise ConfigError("--guide-weight and --guide-score belong to a guide that is added: give --add-guide")
         refuse_unknown_device(self.device)
+        refuse_options_of_other_guides(self, self.guide)
+        if guide_kind(self.guide) == "server" and not self.guide_model:
+            raise ConfigError(f"--guide-model is needed with --guide {self.guide}: what the server calls the model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +169,7 @@ class TrainSettings(Settings):
     keep_layers: tuple[int, ...] | None = setting(
         None, "Layers of the student to keep, e.g. 0,1,2; all when left out.", parse=layer_numbers
     )
-    pooling: Literal["mean", "cls", "last", "max"] | None = setting(
+    pooling: Literal["mean", "cls", "last", "max", "weightedmean", "mean_sqrt_len"] | None = setting(
         None, "How a plain transformers student makes one vector of its tokens."
     )
     max_length: int | None = setting(None, "Tokens of a text that the student sees.", at_least=3)

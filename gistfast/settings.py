@@ -130,9 +130,18 @@ def layer_numbers(text: str) -> tuple[int, ...]:
 
 def column_names(text: str) -> dict[str, str]:
     """The mapping of `"anchor=title,positive=body"`."""
+    return _mapping(text, "--columns", "anchor=title,positive=body")
+
+
+def vector_places(text: str) -> dict[str, str]:
+    """The mapping of `"anchor=a.npy,positive=p.npy"`."""
+    return _mapping(text, "--vectors", "text=embedding or anchor=a.npy,positive=p.npy")
+
+
+def _mapping(text: str, flag: str, example: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in comma_separated(text)]
     if not pairs or not all(name and equals and column for name, equals, column in pairs):
-        raise ConfigError(f"--columns must look like anchor=title,positive=body, found {text!r}")
+        raise ConfigError(f"{flag} must look like {example}, found {text!r}")
     return {name.strip(): column.strip() for name, _, column in pairs}
 
 

@@ -13,11 +13,14 @@ import numpy as np
 
 from gistfast.config import PrecomputeSettings
 from gistfast.dataset import RowSource, read_rows
-from gistfast.guide import Guide, ModelGuide, load_guide
+from gistfast.guide import Guide
 from gistfast.index import build_index, import_faiss
+from gistfast.open_guide import open_guide
 from gistfast.progress import progress
+from gistfast.same_guide import check_same_guide
 from gistfast.scores import score_pairs
-from gistfast.settings import build
+from gistfast.server_guide import ServerGuide
+from gistfast.settings import build, to_dict
 from gistfast.store import GuideStore, StoreWriter
 from gistfast.store.request import Mode
 
@@ -32,7 +35,7 @@ def precompute(source: str | Path, *, guide: str | Path, out: str | Path, **opti
 
     Args:
         source: File, folder, glob or hub id with the rows.
-        guide: Folder or hub id of the guide.
+        guide: Folder or hub id of a model, address of an embedding server, or file of texts with ready vectors.
         out: Folder of the store.
         **options: The other fields of `gistfast.config.PrecomputeSettings`.
 
@@ -49,7 +52,7 @@ def precompute(source: str | Path, *, guide: str | Path, out: str | Path, **opti
         # Refused now rather than after hours of embedding.
         import_faiss()
     rows = _open_rows(settings)
-    model = _open_guide(settings)
+    model = open_guide(to_dict(settings))
     with StoreWriter.create(
         Path(settings.out),
         guide=replace(model.info, dtype=settings.store_dtype),
@@ -60,6 +63,9 @@ def precompute(source: str | Path, *, guide: str | Path, out: str | Path, **opti
         guide_weight=settings.guide_weight,
         guide_score=settings.guide_score,
     ) as writer:
+        if isinstance(model, ServerGuide):
+            # All else is told apart by what it is made of; a server shows nothing but vectors.
+            check_same_guide(writer.path, writer.guide, model)
         if writer.needs_rows:
             write_rows(writer, rows)
         embed_texts(writer, model)
@@ -80,23 +86,6 @@ def _open_rows(settings: PrecomputeSettings) -> RowSource:
         split=settings.split,
         revision=settings.revision,
         on_bad_row=settings.on_bad_row,
-    )
-
-
-def _open_guide(settings: PrecomputeSettings) -> ModelGuide:
-    own, query, document = settings.guide_prompt, settings.query_prompt, settings.document_prompt
-    return load_guide(
-        settings.guide,
-        pooling=settings.pooling,
-        query_prompt=own if query is None else query,
-        document_prompt=own if document is None else document,
-        max_length=settings.max_length,
-        dtype=settings.dtype,
-        revision=settings.guide_revision,
-        device=settings.device,
-        trust_remote_code=settings.trust_remote_code,
-        tokens_per_batch=settings.tokens_per_batch,
-        decode_with=settings.decode_with,
     )
 
 
