@@ -155,6 +155,12 @@ class TrainSettings(Settings):
     epochs: float = setting(1.0, "Passes over the rows.", above=0)
     max_steps: int | None = setting(None, "Steps to take, in place of --epochs.", at_least=1)
     batch_size: int = setting(64, "Rows of a step.", at_least=2)
+    batching: Literal["random", "length", "task", "cluster"] = setting(
+        "random", "Which rows meet in a batch: any, or those of similar length, of one task, of one cluster."
+    )
+    clusters: int | None = setting(
+        None, "Clusters of anchors with --batching cluster; of eight batches each when left out.", at_least=2
+    )
     learning_rate: float = setting(2e-5, "Highest learning rate.", above=0)
     warmup: float = setting(0.1, "Share of the steps in which the learning rate rises.", at_least=0, below=1)
     seed: int = setting(42, "Decides the order of the rows and every other draw.", at_least=0)
@@ -196,6 +202,8 @@ class TrainSettings(Settings):
     def check(self) -> None:
         """Refuse settings that contradict each other."""
         refuse_both(self, "resume", "overwrite")
+        if self.clusters and self.batching != "cluster":
+            raise ConfigError(f"--clusters {self.clusters} does nothing with --batching {self.batching}: leave it out")
         unknown = set(self.trackers or ()) - {"tensorboard", "wandb", "trackio"}
         if unknown:
             raise ConfigError(f"--trackers knows tensorboard, wandb and trackio, found {', '.join(sorted(unknown))}")

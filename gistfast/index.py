@@ -65,8 +65,12 @@ class IndexReport:
     store_fingerprint: str
 
 
-def import_faiss() -> Any:
+def import_faiss(user: str = "the index", otherwise: str = "leave the index out with --index none") -> Any:
     """The faiss module.
+
+    Args:
+        user: What needs it.
+        otherwise: How to do without it.
 
     Raises:
         DependencyError: When it is not installed.
@@ -75,8 +79,8 @@ def import_faiss() -> Any:
         import faiss
     except ImportError:
         raise DependencyError(
-            "the index needs faiss, which is not installed: `pip install gistfast[cpu]` or "
-            "`pip install gistfast[gpu]`, never both, or leave the index out with --index none"
+            f"{user} needs faiss, which is not installed: `pip install gistfast[cpu]` or "
+            f"`pip install gistfast[gpu]`, never both, or {otherwise}"
         ) from None
     return faiss
 

@@ -12,7 +12,7 @@ from sentence_transformers import (
 from torch import Tensor
 from transformers import PrinterCallback
 
-from gistfast.batches import EvenBatchSampler
+from gistfast.batches import StoreBatches
 from gistfast.config import TrainSettings
 from gistfast.loss import CachedGISTLoss, GISTLoss
 from gistfast.modelcard import describe_data
@@ -78,7 +78,7 @@ def make_trainer(
         evaluator = retrieval_evaluator(task, batch_size=settings.batch_size, name="held_out")
     trainer = GuidedTrainer(
         model=model,
-        args=_arguments(settings, run, prompts, trackers),
+        args=_arguments(settings, store, run, prompts, trackers),
         train_dataset=rows,
         eval_dataset=held_out,
         loss=_loss(model, store, settings),
@@ -117,7 +117,11 @@ def _loss(model: SentenceTransformer, store: GuideStore, settings: TrainSettings
 
 
 def _arguments(
-    settings: TrainSettings, run: RunFolder, prompts: dict[str, str], trackers: Sequence[str]
+    settings: TrainSettings,
+    store: GuideStore,
+    run: RunFolder,
+    prompts: dict[str, str],
+    trackers: Sequence[str],
 ) -> SentenceTransformerTrainingArguments:
     on_cpu = pick_device(settings.device) == "cpu"
     return SentenceTransformerTrainingArguments(
@@ -127,7 +131,7 @@ def _arguments(
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
-        batch_sampler=EvenBatchSampler,
+        batch_sampler=StoreBatches(store, settings.batching, clusters=settings.clusters),
         prompts=prompts,
         learning_rate=settings.learning_rate,
         # Below 1 it is a share of the steps.

@@ -144,17 +144,27 @@ def random_guide() -> type[RandomGuide]:
 def make_store(tmp_path: Path) -> Callable[..., Any]:
     """Makes a finished guide store of random vectors: `make_store(rows, width=16, dtype="float16", ...)`.
 
-    Rows are tuples of texts: anchor, positive, negatives.
+    Rows are tuples of texts: anchor, positive, negatives; `tasks` are their tasks.
     """
 
-    def make(rows: Sequence[Sequence[str]], *, name: str = "store", holdout: float = 0.0, **guide: Any) -> Any:
+    def make(
+        rows: Sequence[Sequence[str]],
+        *,
+        name: str = "store",
+        holdout: float = 0.0,
+        tasks: Sequence[str | None] | None = None,
+        **guide: Any,
+    ) -> Any:
         from gistfast.dataset import read_rows
         from gistfast.stages.precompute import embed_texts, write_rows
         from gistfast.store import GuideStore, StoreWriter
 
         columns = ["anchor", "positive", *(f"negative_{number}" for number in range(1, len(rows[0]) - 1))]
         source = tmp_path / f"{name}.jsonl"
-        source.write_text("\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in rows))
+        records = [dict(zip(columns, row, strict=True)) for row in rows]
+        if tasks is not None:
+            records = [record | {"task": task} for record, task in zip(records, tasks, strict=True)]
+        source.write_text("\n".join(map(json.dumps, records)))
         model, data = RandomGuide(**guide), read_rows(source)
         with StoreWriter.create(tmp_path / name, guide=model.info, source=data, holdout=holdout) as writer:
             write_rows(writer, data)

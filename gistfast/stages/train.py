@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerState
 
-from gistfast.batches import num_batches
+from gistfast.batches import StoreBatches
 from gistfast.callbacks import (
     MetricsFile,
     StepProgress,
@@ -85,6 +85,8 @@ def train(store: str | Path, *, student: str | Path, out: str | Path, **options:
     settings = build(TrainSettings, {**options, "store": store, "student": student, "out": out})
     guide_store = GuideStore.open(settings.store)
     _check_rows(guide_store, settings.batch_size, settings.eval_steps)
+    # Made here to be refused here: a store without tasks, clusters without faiss.
+    StoreBatches(guide_store, settings.batching)
     run = RunFolder(Path(settings.out).expanduser())
     record = run_record(settings, guide_store.manifest)
     run.check(record, resume=settings.resume, overwrite=settings.overwrite)
@@ -168,13 +170,12 @@ def _past_its_end(checkpoint: Path) -> TrainerState | None:
 
 
 def _say_how_it_begins(store: GuideStore, settings: TrainSettings, checkpoint: Path | None) -> None:
-    num_rows = _num_train_rows(store)
-    batches = num_batches(num_rows, settings.batch_size)
+    batches = StoreBatches(store, settings.batching).num_batches(settings.batch_size)
     logger.info(
         "%d rows, %d batches of up to %d an epoch, %d steps",
-        num_rows,
+        _num_train_rows(store),
         batches,
-        math.ceil(num_rows / batches),
+        settings.batch_size,
         settings.max_steps or math.ceil(batches * settings.epochs),
     )
     if checkpoint is not None:

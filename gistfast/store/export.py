@@ -40,7 +40,7 @@ def dataset_of(store: "GuideStore", split: Literal["train", "held_out"]) -> "Dat
     path = Path(config.HF_DATASETS_CACHE) / "gistfast" / f"{store.fingerprint}-{split}.arrow"
     if not path.is_file():
         _write(store, selected, path)
-    return Dataset.from_file(str(path))
+    return Dataset.from_file(str(path), split=split)
 
 
 def _write(store: "GuideStore", selected: "np.ndarray[tuple[int], np.dtype[np.int64]]", path: Path) -> None:

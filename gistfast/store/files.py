@@ -76,7 +76,12 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def create_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write `record` to `path` unless the file exists: of any number of writers the first succeeds.
+    """As `create_file`, with `record` as JSON."""
+    create_file(path, _json_bytes(record))
+
+
+def create_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path` unless the file exists: of any number of writers the first succeeds.
 
     Raises:
         StoreError: When the disk is full, or the folder cannot be written or knows no hard links.
@@ -85,7 +90,7 @@ def create_json(path: Path, record: Mapping[str, Any]) -> None:
     with one_line_write_errors(path):
         try:
             with temporary.open("wb") as file:
-                file.write(_json_bytes(record))
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             # A hard link is created whole or not at all, and never over an existing name.

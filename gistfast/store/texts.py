@@ -6,6 +6,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 Array = np.ndarray[Any, Any]
 
@@ -49,6 +50,12 @@ class Texts(Sequence[str]):
         """The texts of the entries `ids`, (N,) integers in any order, repeats allowed."""
         texts: list[str] = self.to_arrow(ids).to_pylist()
         return texts
+
+    def num_characters(self) -> Array:
+        """How long each text is, (N,) int32."""
+        shards = range(len(self.starts) - 1)
+        lengths = [pc.utf8_length(self._column_of(shard)).to_numpy().astype(np.int32) for shard in shards]
+        return np.concatenate(lengths)
 
     def to_arrow(self, ids: Array) -> pa.Array:
         """As `take`, as an Arrow array of large strings; no text passes through Python.
