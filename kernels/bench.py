@@ -336,10 +336,12 @@ def peak_memory_mib(run: Callable[[], Any], device: "torch.device") -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
+    held = lowest = most = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):
         held += event.nbytes()
-        most = max(most, held)
+        # What a run before has left, such as gradients, is freed at the start: that is no part of this run.
+        lowest = min(lowest, held)
+        most = max(most, held - lowest)
     return most / 2**20
 
 

@@ -1,4 +1,11 @@
-"""The backend that is PyTorch alone: any device, any floating dtype, memory in proportion to the chunk."""
+"""The backend that is PyTorch alone: any device, any floating dtype, memory in proportion to the chunk.
+
+Vectors are read where they lie, at the length they have: a chunk of row operands is scaled to length 1, and the columns
+of a tile are scaled after the product. Columns of E are scaled once more for the gradients, which are then those on the
+vectors as they are, but for what lies along each:
+
+    E'_ij = E_ij / |c_j|        T dX = v/|x| * (E' @ C)        T dC = E'^T @ (v/|x| * X)
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,22 +13,76 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gistfast.kernels.fused import Layout, Rows, Settings, wide_dtype
+from gistfast.kernels.fused import Layout, Rows, Segment, Settings, wide_dtype
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's vectors, (B, D), (B, D) and perhaps (M, D), with their lengths and what these are one over."""
+
+    vectors: list[Tensor]
+    lengths: list[Tensor]
+    inverse: list[Tensor]
+
+    def scores(self, looker: int, seen: int, rows: slice, out: Tensor | None = None) -> Tensor:
+        """Cosines of a chunk of one role's vectors with all of another's, (rows, columns)."""
+        unit_rows = self.vectors[looker][rows] * self.inverse[looker][rows, None]
+        return torch.mm(unit_rows, self.vectors[seen].T, out=out).mul_(self.inverse[seen])
+
+    def own_scores(self, rows: slice) -> Tensor:
+        """Cosines of anchors with their positives, (R,)."""
+        anchors, positives = (role[rows] for role in self.vectors[:2])
+        products: Tensor = torch.linalg.vecdot(anchors, positives)
+        return products * self.inverse[0][rows] * self.inverse[1][rows]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Unit vectors, ids, own scores (R,) and thresholds (R,) of a batch; `operand` is the student's stack."""
+    """A batch as rows are judged by it.
 
-    operand: Tensor
-    guide: Tensor | None
+    Attributes:
+        student: The student's vectors, fp32 at least.
+        guide: The guide's, or None.
+        ids: Text ids of the stack.
+        own: (R,) own scores.
+        threshold: (R,) guide score above which a candidate is dropped, or None.
+        totals: T times the gradients on each role's vectors; none where no gradient is wanted.
+        unusable: Whether a vector is zero or not finite.
+        layout: Which rows meet which columns.
+        settings: What shapes the loss.
+    """
+
+    student: Side
+    guide: Side | None
     ids: Tensor
     own: Tensor
     threshold: Tensor | None
-    lengths: dict[str, list[Tensor]]
+    totals: list[Tensor]
     unusable: Tensor
     layout: Layout
     settings: Settings
+
+    @property
+    def e_dtype(self) -> torch.dtype:
+        """The precision of E."""
+        return self.own.dtype
+
+    @property
+    def lengths(self) -> dict[str, list[Tensor]]:
+        """Lengths of the vectors by whose they are."""
+        return {"student": self.student.lengths} | ({"guide": self.guide.lengths} if self.guide else {})
+
+    @property
+    def segments(self) -> list[Segment]:
+        """One a block."""
+        vectors, inverse, totals = self.student.vectors, self.student.inverse, self.totals
+        segments = []
+        for name, block in self.layout.blocks.items() if totals else ():
+            row, seen = _roles(name)
+            segments.append(
+                Segment(block.columns, vectors[row], vectors[seen], totals[row], totals[seen], row_scale=inverse[row])
+            )
+        return segments
 
 
 def alignment(device: torch.device) -> int:
@@ -33,93 +94,94 @@ def prepare(
     vectors: Sequence[Tensor], guide: Sequence[Tensor], ids: Sequence[Tensor], temperature: Tensor, layout: Layout,
     settings: Settings,
 ) -> Prepared:  # fmt: skip
-    """Unit vectors, in fp32 at least: this backend gains nothing by half precision."""
-    unit, lengths = _unit_stack(vectors)
-    own = _own_products(unit, layout, settings)
-    unit_guide, threshold = None, None
-    guide_lengths: list[Tensor] = []
+    """Lengths, own scores and thresholds, in fp32 at least: this backend gains nothing by half precision."""
+    student, own_rows = _side(vectors), _own_rows(settings)
+    guide_side, threshold = None, None
+    lengths = list(student.lengths)
     if guide:
-        unit_guide, guide_lengths = _unit_stack(guide)
-        own_guide = _own_products(unit_guide, layout, settings)
+        guide_side = _side(guide)
+        own_guide = guide_side.own_scores(own_rows)
         threshold = own_guide - (own_guide.abs() * settings.margin if settings.relative else settings.margin)
-    every = torch.cat(lengths + guide_lengths)
+        lengths += guide_side.lengths
+    every = torch.cat(lengths)
     unusable = ~((every > 0) & (every < torch.inf)).all()
-    all_lengths = {"student": lengths, "guide": guide_lengths}
-    return Prepared(unit, unit_guide, torch.cat(list(ids)), own, threshold, all_lengths, unusable, layout, settings)
+    own = student.own_scores(own_rows)
+    totals = [role.new_zeros(role.shape) for role in student.vectors] if settings.with_gradients else []
+    return Prepared(student, guide_side, torch.cat(list(ids)), own, threshold, totals, unusable, layout, settings)
 
 
 def rows(
     prepared: Prepared, first: int, num_rows: int, temperature: Tensor, weights: Tensor | None, e: Tensor | None
 ) -> Rows:
     """The row terms of a chunk. `ref` is each row's highest score, so that no temperature is too low for exp."""
-    if e is None:
-        e = prepared.operand.new_empty((num_rows, prepared.layout.e_columns))
-    own = prepared.own[first : first + num_rows]
-    kept = _fill_with_scores(prepared, first, e)
-    top = e.amax(1)
+    settings, layout, own = prepared.settings, prepared.layout, prepared.own[first : first + num_rows]
+    scores = own.new_empty((num_rows, layout.e_columns)) if e is None else e
+    kept = _fill_with_scores(prepared, first, scores)
+    top = scores.amax(1)
     highest = torch.maximum(top, own)
     inverse_t = temperature.reciprocal()
-    e.sub_(highest[:, None]).mul_(inverse_t).exp_()
-    total = e.sum(1)
+    tiles = scores.sub_(highest[:, None]).mul_(inverse_t).exp_()
+    total = tiles.sum(1)
     gap = total.log() + (highest - own) * inverse_t
     weight = torch.sigmoid(gap) if weights is None else torch.sigmoid(gap) * weights
     share = torch.where(total > 0, weight / total, 0.0)
     slope = None
-    if prepared.settings.learn_temperature:
+    if settings.learn_temperature:
         # The sum of E s, from s = T log E + highest: E log E is 0 where E is.
-        slope = share * (torch.xlogy(e, e).sum(1) / inverse_t + total * highest) - weight * own
+        slope = share * (torch.xlogy(tiles, tiles).sum(1) / inverse_t + total * highest) - weight * own
+    for name, block in layout.blocks.items() if e is not None else ():
+        tiles[:, block.columns].mul_(prepared.student.inverse[_roles(name)[1]])
     return Rows(-torch.nn.functional.logsigmoid(-gap), share, weight, slope, top, kept)
 
 
-def gradients(prepared: Prepared, total: Tensor, weight: Tensor, factor: Tensor) -> list[Tensor]:
-    """Gradients on the vectors of each role: what lies along a vector goes, the rest is over its length."""
-    unit, layout = prepared.operand, prepared.layout
-    anchors, positives = _own_rows(layout, prepared.settings)
-    total[anchors].addcmul_(weight[:, None], unit[positives], value=-1)
-    total[positives].addcmul_(weight[:, None], unit[anchors], value=-1)
-    along = torch.linalg.vecdot(total, unit)[:, None]
-    total.addcmul_(along, unit, value=-1).mul_(factor)
-    lengths = prepared.lengths["student"]
-    return [total[role].div_(length[:, None]) for role, length in zip(layout.roles, lengths, strict=True)]
+def gradients(prepared: Prepared, weight: Tensor, factor: Tensor) -> list[Tensor]:
+    """Gradients on the vectors of each role: the own positives' part, and nothing along a vector."""
+    student, totals, rows = prepared.student, prepared.totals, _own_rows(prepared.settings)
+    both = (weight * student.inverse[0][rows] * student.inverse[1][rows])[:, None]
+    for role, other in ((0, 1), (1, 0)):
+        totals[role][rows].addcmul_(both, student.vectors[other][rows], value=-1)
+    for total, vectors, inverse in zip(totals, student.vectors, student.inverse, strict=True):
+        along = torch.linalg.vecdot(total, vectors) * inverse.square()
+        total.addcmul_(along[:, None], vectors, value=-1).mul_(factor)
+    return totals
 
 
 def _fill_with_scores(prepared: Prepared, first: int, e: Tensor) -> Tensor:
     """Write the scores of a chunk of rows into `e`, -inf where dropped; returns the candidates kept in each block."""
     settings, layout, ids = prepared.settings, prepared.layout, prepared.ids
-    start, end = settings.row_offset + first, settings.row_offset + first + len(e)
-    anchor_id = ids[start:end, None]
-    positive_id = ids[layout.first_positive + start : layout.first_positive + end, None]
+    rows = slice(settings.row_offset + first, settings.row_offset + first + len(e))
+    anchors, positives = layout.roles[:2]
+    anchor_id, positive_id = ids[anchors][rows, None], ids[positives][rows, None]
     kept = []
-    for block in layout.blocks.values():
-        rows, columns = slice(block.row_base + start, block.row_base + end), slice(block.first, block.end)
-        dropped = (ids[columns] == anchor_id).logical_or_(ids[columns] == positive_id)
+    for name, block in layout.blocks.items():
+        looker, seen = _roles(name)
+        candidate_ids = ids[layout.roles[seen]]
+        dropped = (candidate_ids == anchor_id).logical_or_(candidate_ids == positive_id)
         if prepared.guide is not None and prepared.threshold is not None:
-            guide_scores = prepared.guide[rows] @ prepared.guide[columns].T
-            dropped.logical_or_(guide_scores > prepared.threshold[first : first + len(e), None])
-            del guide_scores
-        scores = e[:, block.first + block.e_shift : block.end + block.e_shift]
-        torch.mm(prepared.operand[rows], prepared.operand[columns].T, out=scores)
+            threshold = prepared.threshold[first : first + len(e), None]
+            dropped.logical_or_(prepared.guide.scores(looker, seen, rows) > threshold)
+        scores = e[:, block.columns]
+        prepared.student.scores(looker, seen, rows, out=scores)
         if settings.hard_only:
             dropped.logical_or_(scores < prepared.own[first : first + len(e), None])
         scores.masked_fill_(dropped, -torch.inf)
-        kept.append(dropped.numel() - dropped.sum())
+        kept.append(dropped.numel() - dropped.count_nonzero())
     return torch.stack(kept)
 
 
-def _unit_stack(vectors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The roles' vectors at length 1, stacked, and the lengths they had; fp32 at least."""
-    stack = torch.cat([role.to(wide_dtype(vectors)) for role in vectors])
-    lengths = torch.linalg.vector_norm(stack, dim=1)
-    return stack.div_(lengths[:, None]), list(torch.split(lengths, [len(role) for role in vectors]))
+def _side(vectors: Sequence[Tensor]) -> Side:
+    """A model's vectors in fp32 at least, not copied where they are that."""
+    wide = [role.to(wide_dtype(vectors)) for role in vectors]
+    lengths = [torch.linalg.vector_norm(role, dim=1) for role in wide]
+    return Side(wide, lengths, [length.reciprocal() for length in lengths])
 
 
-def _own_rows(layout: Layout, settings: Settings) -> tuple[slice, slice]:
-    """Where the anchors and the positives whose loss is taken lie in the stack."""
-    start, end = settings.row_offset, settings.row_offset + settings.num_rows
-    return slice(start, end), slice(layout.first_positive + start, layout.first_positive + end)
+def _roles(block: str) -> tuple[int, int]:
+    """Who looks and who is seen in the block of that name, by their places among the roles."""
+    looker, seen = ("apn".index(letter) for letter in block)
+    return looker, seen
 
 
-def _own_products(unit: Tensor, layout: Layout, settings: Settings) -> Tensor:
-    """Each row's product of anchor and positive, (R,)."""
-    anchors, positives = _own_rows(layout, settings)
-    return (unit[anchors] * unit[positives]).sum(-1)
+def _own_rows(settings: Settings) -> slice:
+    """The anchors and positives whose loss is taken."""
+    return slice(settings.row_offset, settings.row_offset + settings.num_rows)

@@ -6,9 +6,9 @@
     T dX   = v * (E @ C) - sigmoid(x) * own positive    both gradients are plain matrix products on E
     T dC   = E^T @ (v * X)
 
-A backend prepares the vectors, makes E and the row terms for a chunk of rows, and turns the gradients on unit vectors
-into those on vectors; the chunks and the matrix products are here. Shapes: B anchors, M negatives, R rows whose loss is
-taken, D student width, G guide width. kernels/README.md derives the formulas.
+A backend prepares the vectors, makes E and the row terms for a chunk of rows, and ends with the own positives and the
+normalisation; the chunks and the matrix products are here. Shapes: B anchors, M negatives, R rows whose loss is taken,
+D student width, G guide width. kernels/README.md derives the formulas.
 """
 
 import logging
@@ -101,6 +101,11 @@ class Block(NamedTuple):
     end: int
     e_shift: int
 
+    @property
+    def columns(self) -> slice:
+        """The block's columns of E."""
+        return slice(self.first + self.e_shift, self.end + self.e_shift)
+
 
 class Settings(NamedTuple):
     """What shapes the loss, and what is wanted of it; the first seven are those of `gistfast.guided_contrastive_loss`.
@@ -146,6 +151,25 @@ class Rows(NamedTuple):
     kept: Tensor
 
 
+class Segment(NamedTuple):
+    """A run of E's columns: who looks, who is seen, and where the gradients on both add up.
+
+    Attributes:
+        columns: Of E.
+        rows: Vectors of those who look, from row 0 of the batch on, (>= B, D).
+        seen: Vectors of those who are seen, one for each column, in the precision of E.
+        on_rows: Gradients on `rows` and, in `on_seen`, on `seen`; fp32 at least.
+        row_scale: (>= B,) factors that make unit vectors of `rows`; None where they are that. E holds those of `seen`.
+    """
+
+    columns: slice
+    rows: Tensor
+    seen: Tensor
+    on_rows: Tensor
+    on_seen: Tensor
+    row_scale: Tensor | None = None
+
+
 class Backend(Protocol):
     """What a backend does; `chunked` and `triton_backend` are two."""
 
@@ -156,10 +180,10 @@ class Backend(Protocol):
         self, vectors: Sequence[Tensor], guide: Sequence[Tensor], ids: Sequence[Tensor], temperature: Tensor,
         layout: Layout, settings: Settings,
     ) -> Any:  # fmt: skip
-        """Unit vectors of the roles, stacked, with all that a row is judged by.
+        """All that rows are judged by, and zeros where their gradients will add up.
 
-        Has `operand`, the student's stack in the precision of E, (vectors, width); `lengths`, those of the student's
-        and the guide's vectors before, role by role; and `unusable`, whether one of these is zero or not finite.
+        Has `e_dtype`; `segments`, none where no gradient is wanted; `lengths` of the student's and the guide's
+        vectors, role by role; and `unusable`, whether one of these is zero or not finite.
         """
 
     def rows(
@@ -167,8 +191,8 @@ class Backend(Protocol):
     ) -> Rows:
         """The row terms of the chunk that begins `first` rows after the row offset; fills `e` unless it is None."""
 
-    def gradients(self, prepared: Any, total: Tensor, weight: Tensor, factor: Tensor) -> list[Tensor]:
-        """Gradients on each role's vectors, from `total` on the unit stack less `weight` times the own positives."""
+    def gradients(self, prepared: Any, weight: Tensor, factor: Tensor) -> list[Tensor]:
+        """Gradients on each role's vectors, from the segments' less `weight` times the own positives."""
 
 
 @dataclass
@@ -211,30 +235,38 @@ def loss_and_gradients(
         row_weights: (R,) weight of each row's loss in the gradients; None for the mean.
     """
     prepared = backend.prepare(vectors, guide, ids, temperature, layout, settings)
-    operand = prepared.operand
-    chunk = rows_per_chunk(settings.num_rows, layout, operand.dtype.itemsize, settings.chunk_bytes, operand.device)
-    e = operand.new_empty((chunk, layout.e_columns)) if settings.with_gradients else None
     scale = None if row_weights is None else row_weights.abs().amax().clamp_min(1e-30)
     weights = None if row_weights is None or scale is None else row_weights / scale
-    total = temperature.new_zeros(operand.shape) if settings.with_gradients else None
+    rows = _all_rows(prepared, temperature, weights, vectors[0].device, layout, settings, backend)
+    result = Result(rows.losses, rows.top, rows.kept, prepared.lengths, prepared.unusable, [], None)
+    if settings.with_gradients:
+        inverse_t = temperature.reciprocal()
+        factor = inverse_t * (1.0 / settings.num_rows if scale is None else scale)
+        result.on_vectors = backend.gradients(prepared, rows.weight, factor)
+        if rows.slope is not None:
+            result.on_temperature = -rows.slope.sum() * inverse_t * factor
+    return result
+
+
+def _all_rows(
+    prepared: Any, temperature: Tensor, weights: Tensor | None, device: torch.device, layout: Layout,
+    settings: Settings, backend: Backend,
+) -> Rows:  # fmt: skip
+    """The row terms of all rows; adds up the segments' gradients, chunk by chunk. E lives no longer than this."""
+    dtype, num_rows = prepared.e_dtype, settings.num_rows
+    chunk = rows_per_chunk(num_rows, layout, dtype.itemsize, settings.chunk_bytes, device)
+    e = torch.empty((chunk, layout.e_columns), dtype=dtype, device=device) if settings.with_gradients else None
     chunks = []
-    for start in range(0, settings.num_rows, chunk):
-        size = min(chunk, settings.num_rows - start)
+    for start in range(0, num_rows, chunk):
+        size = min(chunk, num_rows - start)
         part = None if e is None else e[:size]
         part_weights = None if weights is None else weights[start : start + size]
         rows = backend.rows(prepared, start, size, temperature, part_weights, part)
         chunks.append(rows)
-        if total is not None and part is not None:
-            _add_gradients(total, part, operand, rows.share, layout, settings.row_offset + start)
-    rows = chunks[0] if len(chunks) == 1 else _joined(chunks)
-    result = Result(rows.losses, rows.top, rows.kept, prepared.lengths, prepared.unusable, [], None)
-    if total is not None:
-        inverse_t = temperature.reciprocal()
-        factor = inverse_t * (1.0 / settings.num_rows if scale is None else scale)
-        result.on_vectors = backend.gradients(prepared, total, rows.weight, factor)
-        if rows.slope is not None:
-            result.on_temperature = -rows.slope.sum() * inverse_t * factor
-    return result
+        if part is not None:
+            for segment in prepared.segments:
+                _add_gradients(segment, part, rows.share, settings.row_offset + start)
+    return chunks[0] if len(chunks) == 1 else _joined(chunks)
 
 
 def _joined(chunks: list[Rows]) -> Rows:
@@ -248,18 +280,16 @@ def _joined(chunks: list[Rows]) -> Rows:
     return Rows._make([*terms, torch.stack([rows.kept for rows in chunks]).sum(0)])
 
 
-def _add_gradients(total: Tensor, e: Tensor, operand: Tensor, share: Tensor, layout: Layout, first_row: int) -> None:
-    """Add a chunk's products with E to `total`, T times the gradient on the unit stack."""
-    blocks = [(e[:, : layout.pp_start], first_row, slice(layout.first_candidate, layout.num_vectors))]
-    if layout.contrast_positives:
-        positives = slice(layout.first_positive, 2 * layout.first_positive)
-        blocks.append((e[:, layout.pp_start :], layout.first_positive + first_row, positives))
-    for block, first, columns in blocks:
-        rows = slice(first, first + len(e))
-        onto_rows = products(block, operand[columns])
-        scaled = torch.mul(operand[rows], share[:, None], out=torch.empty_like(operand[rows]))
-        add_products(total[columns], block.T, scaled)
-        total[rows].addcmul_(onto_rows, share[:, None])
+def _add_gradients(segment: Segment, e: Tensor, share: Tensor, first_row: int) -> None:
+    """Add a chunk's products with E to the segment's gradients, which are T times those on the vectors."""
+    rows = slice(first_row, first_row + len(e))
+    block, lookers = e[:, segment.columns], segment.rows[rows]
+    if segment.row_scale is not None:
+        share = share * segment.row_scale[rows]
+    onto_rows = products(block, segment.seen)
+    scaled = torch.mul(lookers, share[:, None], out=torch.empty_like(lookers))
+    add_products(segment.on_seen, block.T, scaled)
+    segment.on_rows[rows].addcmul_(onto_rows, share[:, None])
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Shapes: B anchors, M negatives, K = 2B + M, R rows whose loss is taken, D student width, G guide width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,7 +111,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         """Gradients on temperature and vectors."""
-        on_vectors, on_temperature = _gradients(ctx, grad_loss, _run_again)
+        on_vectors, on_temperature = _gradients(ctx, grad_loss, in_graph=False)
         num_roles, num_guides = ctx.counts
         return None, None, None, on_temperature, *on_vectors, *[None] * (num_guides + num_roles)
 
@@ -124,20 +124,26 @@ def _split(
     return tensors[:first], tensors[first:second], tensors[second : second + first]
 
 
-def _gradients(ctx: Any, grad_loss: Tensor, run_again: Callable[..., Gradients]) -> Gradients:
-    """Gradients on vectors and temperature: those of the forward pass, or made now that the rows' weights are known."""
+def _gradients(ctx: Any, grad_loss: Tensor, *, in_graph: bool) -> Gradients:
+    """Gradients on vectors and temperature: those of the forward pass, or made now that the rows' weights are known.
+
+    With `in_graph` the backward pass is being traced: no value may be looked at, and only operators leave a trace.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(
             "guided_contrastive_loss takes its gradient in the forward pass and cannot be differentiated twice: "
             "call backward without create_graph, or use backend='reference'"
         )
     if ctx.settings.mean:
-        scaled = [gradient * grad_loss for gradient in ctx.saved_tensors]
+        # On a CPU a look at the weight costs nothing, and one of 1 saves a copy of the gradients.
+        is_one = not in_graph and grad_loss.device.type == "cpu" and float(grad_loss) == 1
+        scaled = [gradient if is_one else gradient * grad_loss for gradient in ctx.saved_tensors]
         on_vectors, on_temperature = scaled[: ctx.counts[0]], (scaled[ctx.counts[0] :] or [None])[0]
     else:
         *tensors, temperature = ctx.saved_tensors
         settings = ctx.settings._replace(with_gradients=True)
         columns = map(list, _split(tensors, ctx.counts))
+        run_again = _operate_again if in_graph else _run_again
         on_vectors, on_temperature = run_again(*columns, temperature, grad_loss.contiguous(), settings)
     on_vectors = [gradient.to(dtype) for gradient, dtype in zip(on_vectors, ctx.dtypes, strict=False)]
     return on_vectors, None if on_temperature is None else on_temperature.to(ctx.dtypes[-1])
@@ -163,8 +169,7 @@ def _operator(
     )  # fmt: skip
     result = _run(vectors, guide, ids, temperature, row_weights, settings)
     on_temperature = temperature.new_empty(0) if result.on_temperature is None else result.on_temperature
-    on_vectors = [gradient.clone() for gradient in result.on_vectors]  # an operator's outputs may not share memory
-    return result.losses.mean() if mean else result.losses, result.kept, result.top, on_temperature, on_vectors
+    return result.losses.mean() if mean else result.losses, result.kept, result.top, on_temperature, result.on_vectors
 
 
 @_operator.register_fake
@@ -200,7 +205,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     """Gradients in the order of the operator's inputs."""
-    on_vectors, on_temperature = _gradients(ctx, grad_loss, _operate_again)
+    on_vectors, on_temperature = _gradients(ctx, grad_loss, in_graph=True)
     num_roles, num_guides = ctx.counts
     return on_vectors, [None] * num_guides, [None] * num_roles, on_temperature, *[None] * (1 + len(ctx.settings))
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gistfast.kernels.exp_tiles import LENGTH, Sums, device_capability, exp_tiles, tile_shape
-from gistfast.kernels.fused import Layout, Rows, Settings
+from gistfast.kernels.fused import Layout, Rows, Segment, Settings
 
 ROWS = 128  # rows a program of the small kernels takes
 ALIGN_WIDTH = 64  # a multiple of every BLOCK_K
@@ -34,7 +34,8 @@ class Prepared:
     """A batch as the kernels read it.
 
     Attributes:
-        operand: The student's unit vectors in the precision of E.
+        operand: The student's unit vectors in the precision of E, (vectors, width).
+        total: T times the gradients on them, fp32; None where none are wanted.
         left: Row operands of the tile products, [guide | student], fp16 of length `LENGTH`.
         right: Column operands; `left` itself where nothing is split.
         guide_width: Width of the guide's part of both.
@@ -48,6 +49,7 @@ class Prepared:
     """
 
     operand: Tensor
+    total: Tensor | None
     left: Tensor
     right: Tensor
     guide_width: int
@@ -58,6 +60,24 @@ class Prepared:
     unusable: Tensor
     layout: Layout
     settings: Settings
+
+    @property
+    def e_dtype(self) -> torch.dtype:
+        """The precision of E."""
+        return self.operand.dtype
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The candidates of anchors, blocks ap, aa and an in one run, and those of positives."""
+        operand, total, layout = self.operand, self.total, self.layout
+        if total is None:
+            return []
+        first, start = layout.first_candidate, layout.first_positive
+        segments = [Segment(slice(0, layout.pp_start), operand, operand[first:], total, total[first:])]
+        if layout.contrast_positives:
+            rows, on_rows = operand[start : 2 * start], total[start : 2 * start]
+            segments.append(Segment(slice(layout.pp_start, None), rows, rows, on_rows, on_rows))
+        return segments
 
 
 def alignment(device: torch.device) -> int:
@@ -105,9 +125,10 @@ def prepare(
         GUIDE_WIDTH=guide_width * guide_parts, STRIDE=stride, GUIDED=bool(guide), RELATIVE=settings.relative,
         SQUARE=LENGTH**2, ROWS=16,
     )  # fmt: skip
+    total = temperature.new_zeros(operand.shape) if settings.with_gradients else None
     return Prepared(
-        operand, left, right, guide_width * guide_parts, vectors[0].shape[1], stacked_ids, terms, lengths, unusable,
-        layout, settings,
+        operand, total, left, right, guide_width * guide_parts, vectors[0].shape[1], stacked_ids, terms, lengths,
+        unusable, layout, settings,
     )  # fmt: skip
 
 
@@ -146,9 +167,10 @@ def rows(
     return Rows(losses, share, weight, slope if settings.learn_temperature else None, top, sums.kept.sum((1, 2)))
 
 
-def gradients(prepared: Prepared, total: Tensor, weight: Tensor, factor: Tensor) -> list[Tensor]:
+def gradients(prepared: Prepared, weight: Tensor, factor: Tensor) -> list[Tensor]:
     """Gradients on the vectors of each role, fp32: the own positive's part, then through the normalisation."""
-    settings, layout = prepared.settings, prepared.layout
+    settings, layout, total = prepared.settings, prepared.layout, prepared.total
+    assert total is not None
     partners = (layout.first_positive, -layout.first_positive, 0)
     block, num_rows = _row_tile(total.shape[1])
     results = []

@@ -185,6 +185,20 @@ def test_gradient_through_what_made_the_vectors_and_what_follows_the_loss(backen
 
 
 @both_backends
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_graph_that_is_kept_gives_the_same_gradient_again(backend: str, weight: float) -> None:
+    batch = make_batch(5, 2)
+    student = [role.requires_grad_() for role in batch.student]
+    loss = weight * guided_contrastive_loss(**batch.arguments(), backend=backend, temperature=0.1)
+    loss.backward(retain_graph=True)
+    once = [role.grad.clone() for role in student if role.grad is not None]
+    loss.backward()
+    assert all(torch.equal(2 * first, role.grad) for first, role in zip(once, student, strict=True))
+    right = truth(batch, temperature=0.1).gradients
+    assert all(torch.allclose(first, weight * exact, atol=1e-12) for first, exact in zip(once, right, strict=True))
+
+
+@both_backends
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(
     ("whose", "role", "name"), [("student", 0, "anchor"), ("student", 2, "negative"), ("guide", 1, "positive")]

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gistfast.functional import guided_contrastive_loss
+from gistfast.kernels import bench
 
 
 def assert_same(first: Outcome, second: Outcome) -> None:
@@ -262,3 +263,16 @@ def test_no_tensor_grows_with_the_square_of_the_batch() -> None:
         largest.append(noted.largest)
     # 512 anchors meet 1,536 candidates: 3 MiB as a whole; 2,048 meet 6,144: 48 MiB.
     assert max(largest) <= 2**20
+
+
+@pytest.mark.skipif(INTERPRETED, reason="large batches take minutes under the interpreter")
+def test_memory_is_less_than_a_tenth_of_plain_products() -> None:
+    anchor, positive, *guide = bench.vectors(2048, 384, 384, torch.device("cpu"), torch.float32)
+    student = [anchor.requires_grad_(), positive.requires_grad_()]
+    ours, plain = (bench.loss_function(name) for name in ("chunked", "eager"))
+    ours_mib, plain_mib = (
+        bench.peak_memory_mib(lambda loss=loss: loss(*student, *guide).backward(), torch.device("cpu"))
+        for loss in (ours, plain)
+    )
+    # Of which 6 MiB are the gradients.
+    assert ours_mib < plain_mib / 10
