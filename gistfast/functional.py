@@ -5,6 +5,7 @@ Shapes: B anchors, M negatives, K = 2B + M, R rows whose loss is taken, D studen
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -13,13 +14,21 @@ from torch import Tensor
 
 from gistfast.errors import ConfigError, VectorError
 from gistfast.kernels import operator
-from gistfast.kernels.fused import Layout, Settings, wide_dtype
+from gistfast.kernels.fused import Layout, Settings, each_guide, wide_dtype
 from gistfast.kernels.reference import guided_contrastive_reference
-from gistfast.loss_inputs import check_options, check_rows, guide_columns, id_columns, vector_columns
+from gistfast.loss_inputs import (
+    check_options,
+    check_rows,
+    guide_columns,
+    id_columns,
+    vector_columns,
+    widths_of_guides,
+)
 
 logger = logging.getLogger(__name__)
 
 MarginStrategy = Literal["absolute", "relative"]
+GuideScore = Literal["mean", "min", "max"]
 Reduction = Literal["mean", "none"]
 Backend = Literal["auto", "reference", "chunked", "triton"]
 
@@ -66,6 +75,8 @@ def guided_contrastive_loss(  # type: ignore[misc]
     guide_anchor: Tensor | None,
     guide_positive: Tensor | None,
     guide_negative: Tensor | None = None,
+    guide_widths: Sequence[int] | None = None,
+    guide_score: GuideScore = "mean",
     anchor_ids: Tensor | None = None,
     positive_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
@@ -94,6 +105,11 @@ def guided_contrastive_loss(  # type: ignore[misc]
     is dropped when its guide score exceeds t_i, or when it is the same text as the row's anchor or positive. The own
     positive is the target and stays, whatever the margin. A row whose candidates are all dropped has loss 0.
 
+    The vectors of several guides stand side by side in guide_*. With `guide_score` "min" or "max", g is the lowest or
+    highest of their cosines, for candidates and threshold alike. With "mean", g is the cosine of the vectors as a
+    whole: the weighted mean of the guides' cosines, where each guide's vector has the root of its weight for a length,
+    as `GuideStore.gather` gives them.
+
     Under autocast, scores are taken in half precision like any other matrix product there.
 
     Args:
@@ -104,6 +120,8 @@ def guided_contrastive_loss(  # type: ignore[misc]
             candidates are then dropped by identity alone.
         guide_positive: (B, G) as `guide_anchor`.
         guide_negative: (M, G) as `guide_anchor`.
+        guide_widths: Widths of the guides whose vectors stand side by side, G in sum; None for one guide.
+        guide_score: How the scores of several guides become one: "mean", "min" or "max".
         anchor_ids: (B,) int32 or int64 text ids; equal ids mean the same text. Without ids a text is known to be the
             same as itself alone.
         positive_ids: (B,) as `anchor_ids`.
@@ -137,6 +155,7 @@ def guided_contrastive_loss(  # type: ignore[misc]
     students = vector_columns("student", [anchor, positive, negative])
     check_rows(row_offset, num_rows, len(anchor))
     guides = guide_columns(students, [guide_anchor, guide_positive, guide_negative])
+    widths = widths_of_guides(guides, guide_widths, guide_score)
     ids = id_columns(students, [anchor_ids, positive_ids, negative_ids])
     if negative is not None and len(negative) == 0:  # checked like any, and then no role at all
         students, guides, ids = students[:2], guides[:2], ids[:2]
@@ -149,14 +168,15 @@ def guided_contrastive_loss(  # type: ignore[misc]
         if chosen == "reference":
             losses, kept, hardest = _reference(
                 students, guides, ids, scalar, layout,
-                row_offset=row_offset, num_rows=num_rows, margin=margin, relative=relative, hard_only=hard_only,
+                guide_widths=widths, row_offset=row_offset, num_rows=num_rows, margin=margin, relative=relative,
+                hard_only=hard_only, guide_min=guide_score == "min",
             )  # fmt: skip
             loss = losses.mean() if mean else losses
         else:
             wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*students, scalar))
             settings = Settings(
                 row_offset, num_rows, float(margin), relative, contrast_anchors, contrast_positives, hard_only,
-                half=torch.is_autocast_enabled(anchor.device.type),
+                guide_widths=widths, guide_min=guide_score == "min", half=torch.is_autocast_enabled(anchor.device.type),
                 lowest_temperature=0.0 if isinstance(temperature, Tensor) else float(temperature),
                 with_gradients=wanted and mean, learn_temperature=scalar.requires_grad,
                 mean=mean, chunk_bytes=0 if chunk_mib is None else int(chunk_mib * 2**20), backend=chosen,
@@ -216,7 +236,14 @@ def _dropped_share(kept: Tensor, layout: Layout, num_rows: int) -> dict[str, Ten
 
 
 def _reference(
-    students: list[Tensor], guides: list[Tensor], ids: list[Tensor], temperature: Tensor, layout: Layout, **options: Any
+    students: list[Tensor],
+    guide: list[Tensor],
+    ids: list[Tensor],
+    temperature: Tensor,
+    layout: Layout,
+    *,
+    guide_widths: Sequence[int],
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (R,), kept per block and hardest score by the reference; half precision is taken in fp32."""
 
@@ -229,6 +256,6 @@ def _reference(
 
     with torch.autocast(students[0].device.type, enabled=False):
         return guided_contrastive_reference(
-            unit(students, "student"), unit(guides, "guide") if guides else None, torch.cat(ids), temperature,
-            layout.num_anchors, tuple(layout.blocks), **options,
+            unit(students, "student"), [unit(*named[::-1]) for named in each_guide(guide, guide_widths).items()],
+            torch.cat(ids), temperature, layout.num_anchors, tuple(layout.blocks), **options,
         )  # fmt: skip

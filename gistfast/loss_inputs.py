@@ -93,6 +93,31 @@ def guide_columns(students: list[Tensor], columns: Sequence[Tensor | None]) -> l
     return [column.detach() for column in guides]
 
 
+def widths_of_guides(guides: list[Tensor], widths: Sequence[int] | None, guide_score: str) -> tuple[int, ...]:
+    """The widths of guides that judge one by one; empty where the guide vectors are judged as a whole.
+
+    Raises:
+        ConfigError: When `guide_score` is unknown, or takes more guides than there are.
+        ShapeError: When the widths are not those of the guide vectors.
+    """
+    if guide_score not in ("mean", "min", "max"):
+        raise ConfigError(f"guide_score is {guide_score!r}: choose mean, min or max")
+    width = guides[0].shape[1] if guides else 0
+    if widths is not None and (sum(widths) != width or min(widths, default=0) < 1):
+        raise ShapeError(
+            f"guide_widths is {tuple(widths)}, guide vectors are {width} wide: give the width of each guide's vectors, "
+            f"{width} in sum"
+        )
+    if guide_score == "mean":
+        return ()
+    if widths is None or len(widths) < 2:
+        raise ConfigError(
+            f"guide_score is {guide_score!r} and guide_widths {widths}: the lowest or highest score is one of several "
+            "guides', so give the width of each, or choose mean"
+        )
+    return tuple(widths)
+
+
 def id_columns(students: list[Tensor], columns: Sequence[Tensor | None]) -> list[Tensor]:
     """Text ids of each column; without ids every vector is a text of its own.
 

@@ -178,21 +178,10 @@ def _ours(backend: str, *tensors: "torch.Tensor") -> "torch.Tensor":
     anchor = vectors[0]
     ids = list(torch.arange(2 * len(anchor), dtype=torch.int32, device=anchor.device).split(len(anchor)))
     settings = fused.Settings(
-        0,
-        len(anchor),
-        0.0,
-        False,
-        True,
-        True,
-        False,
-        False,
-        baselines.TEMPERATURE,
-        anchor.requires_grad,
-        False,
-        True,
-        0,
-        backend,
-    )
+        row_offset=0, num_rows=len(anchor), margin=0.0, relative=False, contrast_anchors=True, contrast_positives=True,
+        hard_only=False, guide_widths=(), guide_min=False, half=False, lowest_temperature=baselines.TEMPERATURE,
+        with_gradients=anchor.requires_grad, learn_temperature=False, mean=True, chunk_bytes=0, backend=backend,
+    )  # fmt: skip
     temperature = torch.full((), baselines.TEMPERATURE, device=anchor.device)
     return operator.guided_contrastive(vectors, guide, ids, temperature, settings)[0]
 

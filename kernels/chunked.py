@@ -9,11 +9,12 @@ vectors as they are, but for what lies along each:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from gistfast.kernels.fused import Layout, Rows, Segment, Settings, wide_dtype
+from gistfast.kernels.fused import Layout, Rows, Segment, Settings, each_guide, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Prepared:
 
     Attributes:
         student: The student's vectors, fp32 at least.
-        guide: The guide's, or None.
+        guides: Those of each guide, by what it is called.
         ids: Text ids of the stack.
         own: (R,) own scores.
         threshold: (R,) guide score above which a candidate is dropped, or None.
@@ -53,7 +54,7 @@ class Prepared:
     """
 
     student: Side
-    guide: Side | None
+    guides: dict[str, Side]
     ids: Tensor
     own: Tensor
     threshold: Tensor | None
@@ -70,7 +71,7 @@ class Prepared:
     @property
     def lengths(self) -> dict[str, list[Tensor]]:
         """Lengths of the vectors by whose they are."""
-        return {"student": self.student.lengths} | ({"guide": self.guide.lengths} if self.guide else {})
+        return {whose: side.lengths for whose, side in ({"student": self.student} | self.guides).items()}
 
     @property
     def segments(self) -> list[Segment]:
@@ -95,19 +96,17 @@ def prepare(
     settings: Settings,
 ) -> Prepared:  # fmt: skip
     """Lengths, own scores and thresholds, in fp32 at least: this backend gains nothing by half precision."""
-    student, own_rows = _side(vectors), _own_rows(settings)
-    guide_side, threshold = None, None
-    lengths = list(student.lengths)
-    if guide:
-        guide_side = _side(guide)
-        own_guide = guide_side.own_scores(own_rows)
+    student, own_rows, threshold = _side(vectors), _own_rows(settings), None
+    guides = {name: _side(roles) for name, roles in each_guide(guide, settings.guide_widths).items()}
+    if guides:
+        of_guides = torch.minimum if settings.guide_min else torch.maximum
+        own_guide = reduce(of_guides, (side.own_scores(own_rows) for side in guides.values()))
         threshold = own_guide - (own_guide.abs() * settings.margin if settings.relative else settings.margin)
-        lengths += guide_side.lengths
-    every = torch.cat(lengths)
+    every = torch.cat([length for side in (student, *guides.values()) for length in side.lengths])
     unusable = ~((every > 0) & (every < torch.inf)).all()
     own = student.own_scores(own_rows)
     totals = [role.new_zeros(role.shape) for role in student.vectors] if settings.with_gradients else []
-    return Prepared(student, guide_side, torch.cat(list(ids)), own, threshold, totals, unusable, layout, settings)
+    return Prepared(student, guides, torch.cat(list(ids)), own, threshold, totals, unusable, layout, settings)
 
 
 def rows(
@@ -157,9 +156,11 @@ def _fill_with_scores(prepared: Prepared, first: int, e: Tensor) -> Tensor:
         looker, seen = _roles(name)
         candidate_ids = ids[layout.roles[seen]]
         dropped = (candidate_ids == anchor_id).logical_or_(candidate_ids == positive_id)
-        if prepared.guide is not None and prepared.threshold is not None:
+        if prepared.threshold is not None:
             threshold = prepared.threshold[first : first + len(e), None]
-            dropped.logical_or_(prepared.guide.scores(looker, seen, rows) > threshold)
+            above = (guide.scores(looker, seen, rows) > threshold for guide in prepared.guides.values())
+            # The highest score is above when any is, the lowest when all are.
+            dropped.logical_or_(reduce(torch.logical_and if settings.guide_min else torch.logical_or, above))
         scores = e[:, block.columns]
         prepared.student.scores(looker, seen, rows, out=scores)
         if settings.hard_only:

@@ -6,9 +6,10 @@
 Guide and student vectors lie side by side in one fp16 stack, [guide | student], of length `LENGTH` each. A program
 takes BLOCK_M rows through one *segment*: a run of candidate columns of one block (aa, ap, an or pp). For each tile it
 walks the guide's part of the stack, turns the scores into the mask, and walks on through the student's part with the
-mask as start value. It reads 2 (BLOCK_M + BLOCK_N) bytes for each of the stack's columns, writes E (2 or 4 bytes an
-entry), and for each row of the segment the sum of E, the sum of E s, the highest score kept and how many were kept.
-No two programs write to one place, so two runs are bitwise equal. kernels/README.md derives the rest.
+mask as start value. Several guides follow each other, each with the verdict so far as start value. A program reads
+2 (BLOCK_M + BLOCK_N) bytes for each of the stack's columns, writes E (2 or 4 bytes an entry), and for each row of the
+segment the sum of E, the sum of E s, the highest score kept and how many were kept. No two programs write to one place,
+so two runs are bitwise equal. kernels/README.md derives the rest.
 """
 
 from functools import lru_cache
@@ -73,7 +74,7 @@ def _exp_tiles(
     ids_ptr, threshold_ptr, ref_ptr, own_ptr, temperature_ptr, lost_ptr, segments_ptr,
     sums_ptr, weighted_ptr, top_ptr, kept_ptr,
     num_rows, first_row, first_positive,
-    GUIDE_STEPS: tl.constexpr, STEPS: tl.constexpr,
+    GUIDE_STEPS: tl.constexpr, GUIDE_MIN: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     HARD_ONLY: tl.constexpr, REDO: tl.constexpr, WRITE_E: tl.constexpr,
 ):  # fmt: skip
@@ -102,14 +103,25 @@ def _exp_tiles(
     kept = tl.zeros((BLOCK_M,), tl.int32)
     for column in range(first_column, end_column, BLOCK_N):
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc = _add_products(acc, rows_desc, columns_desc, row, column, 0, GUIDE_STEPS, BLOCK_K)
+        acc = _add_products(acc, rows_desc, columns_desc, row, column, 0, GUIDE_STEPS[1], BLOCK_K)
+        for guide in tl.static_range(1, len(GUIDE_STEPS) - 1):
+            # The verdict so far is the next guide's start value: 0 where that one decides. The threshold is read
+            # again: kept in registers up to here, it would push others out of them.
+            limit = tl.load(threshold_ptr + local, mask=in_range, other=0.0) * SQUARE
+            if GUIDE_MIN:
+                acc = tl.where(acc > limit[:, None], 0.0, DROPPED)
+            else:
+                acc = tl.where(acc > limit[:, None], -DROPPED, 0.0)
+            acc = _add_products(
+                acc, rows_desc, columns_desc, row, column, GUIDE_STEPS[guide], GUIDE_STEPS[guide + 1], BLOCK_K
+            )
         columns = column + tl.arange(0, BLOCK_N)
         column_id = tl.load(ids_ptr + columns)
         keep = (acc <= threshold[:, None]) & (columns < end_column)[None, :]
         keep &= (column_id[None, :] != anchor_id[:, None]) & (column_id[None, :] != positive_id[:, None])
         # The mask is the start value of the student's product: it needs no registers of its own.
         acc = tl.where(keep, 0.0, DROPPED)
-        acc = _add_products(acc, rows_desc, columns_desc, row, column, GUIDE_STEPS, STEPS, BLOCK_K)
+        acc = _add_products(acc, rows_desc, columns_desc, row, column, GUIDE_STEPS[-1], STEPS, BLOCK_K)
         if HARD_ONLY:
             own = tl.load(own_ptr + local, mask=in_range, other=0.0) * SQUARE
             acc = tl.where(acc < own[:, None], DROPPED, acc)
@@ -164,7 +176,7 @@ def num_pieces(blocks: tuple[Block, ...], num_rows: int, shape: TileShape, devic
 def exp_tiles(
     left: Tensor,
     right: Tensor,
-    guide_width: int,
+    guide_places: tuple[int, ...],
     ids: Tensor,
     threshold: Tensor,
     ref: Tensor,
@@ -176,6 +188,7 @@ def exp_tiles(
     first_row: int,
     first_positive: int,
     hard_only: bool,
+    guide_min: bool = False,
     lost: Tensor | None = None,
     sums: Sums | None = None,
     shape: TileShape | None = None,
@@ -183,9 +196,9 @@ def exp_tiles(
     """Run the kernel for a chunk of R rows.
 
     Args:
-        left: Row operands, (vectors, width) fp16: [guide | student], each padded to a multiple of BLOCK_K.
+        left: Row operands, (vectors, width) fp16: [guides | student], each padded to a multiple of BLOCK_K.
         right: Column operands, as `left`; the same tensor unless vectors are split in two halves.
-        guide_width: Width of the guide's part.
+        guide_places: Columns of `left` at which each guide's part begins, and the one at which the last ends.
         ids: (vectors,) text ids, int32 or int64.
         threshold: (R,) fp32; a candidate whose guide score is above is dropped.
         ref: (R,) fp32, subtracted from each score of the row.
@@ -196,6 +209,7 @@ def exp_tiles(
         first_row: Row of the batch that the chunk begins with.
         first_positive: Where positives begin in the stack.
         hard_only: Drop candidates that score below `own`.
+        guide_min: Of several guides' scores the lowest counts, rather than the highest.
         lost: (R,) int32; tiles of rows without a 1 are left as they are in `e` and `sums`.
         sums: What a first call returned, to be written again.
         shape: Tile shape; by default the one tuned for the card.
@@ -219,7 +233,8 @@ def exp_tiles(
         ids, threshold, ref, own, temperature, ids if lost is None else lost,
         _segments(blocks, pieces, shape.block_n, left.device), *sums,
         num_rows, first_row, first_positive,
-        GUIDE_STEPS=guide_width // shape.block_k, STEPS=left.shape[1] // shape.block_k,
+        GUIDE_STEPS=tuple(place // shape.block_k for place in guide_places), GUIDE_MIN=guide_min,
+        STEPS=left.shape[1] // shape.block_k,
         BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k,
         HARD_ONLY=hard_only, REDO=lost is not None, WRITE_E=e is not None,
         num_warps=shape.num_warps, num_stages=shape.num_stages,

@@ -111,6 +111,8 @@ class Settings(NamedTuple):
     """What shapes the loss, and what is wanted of it; the first seven are those of `gistfast.guided_contrastive_loss`.
 
     Attributes:
+        guide_widths: Widths of the guides that judge one by one, side by side in a guide vector; empty for one guide.
+        guide_min: Of their scores the lowest counts, rather than the highest.
         half: Take scores in half precision although the vectors are wider.
         lowest_temperature: What the temperature is known to be no lower than; 0 when it is not known.
         with_gradients: Whether gradients are wanted.
@@ -127,6 +129,8 @@ class Settings(NamedTuple):
     contrast_anchors: bool
     contrast_positives: bool
     hard_only: bool
+    guide_widths: Sequence[int]
+    guide_min: bool
     half: bool
     lowest_temperature: float
     with_gradients: bool
@@ -337,6 +341,14 @@ def _budget_bytes(device: torch.device) -> int:
         _announced.add((mib, str(device)))
         logger.info("guided loss: score tiles take up to %d MiB at a time on %s, by its free memory", mib, device)
     return mib << 20
+
+
+def each_guide(guide: Sequence[Tensor], widths: Sequence[int]) -> dict[str, list[Tensor]]:
+    """The roles' vectors of each guide, by what it is called: `guide`, cut into `widths` where these are given."""
+    if not widths:
+        return {"guide": list(guide)} if guide else {}
+    cut = [role.split(list(widths), dim=1) for role in guide]
+    return {f"guide {number}": list(roles) for number, roles in enumerate(zip(*cut, strict=True), 1)}
 
 
 def wide_dtype(columns: Sequence[Tensor]) -> torch.dtype:

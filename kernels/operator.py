@@ -159,13 +159,14 @@ def _run_again(*arguments: Any) -> Gradients:
 def _operator(
     vectors: Sequence[Tensor], guide: Sequence[Tensor], ids: Sequence[Tensor], temperature: Tensor,
     row_weights: Tensor | None, row_offset: int, num_rows: int, margin: float, relative: bool, contrast_anchors: bool,
-    contrast_positives: bool, hard_only: bool, half: bool, lowest_temperature: float, with_gradients: bool,
-    learn_temperature: bool, mean: bool, chunk_bytes: int, backend: str,
+    contrast_positives: bool, hard_only: bool, guide_widths: Sequence[int], guide_min: bool, half: bool,
+    lowest_temperature: float, with_gradients: bool, learn_temperature: bool, mean: bool, chunk_bytes: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Loss, kept, top, and the gradients on temperature and vectors; empty where they are not wanted."""
     settings = Settings(
-        row_offset, num_rows, margin, relative, contrast_anchors, contrast_positives, hard_only, half,
-        lowest_temperature, with_gradients, learn_temperature, mean, chunk_bytes, backend,
+        row_offset, num_rows, margin, relative, contrast_anchors, contrast_positives, hard_only, guide_widths,
+        guide_min, half, lowest_temperature, with_gradients, learn_temperature, mean, chunk_bytes, backend,
     )  # fmt: skip
     result = _run(vectors, guide, ids, temperature, row_weights, settings)
     on_temperature = temperature.new_empty(0) if result.on_temperature is None else result.on_temperature
@@ -176,8 +177,9 @@ def _operator(
 def _(
     vectors: Sequence[Tensor], guide: Sequence[Tensor], ids: Sequence[Tensor], temperature: Tensor,
     row_weights: Tensor | None, row_offset: int, num_rows: int, margin: float, relative: bool, contrast_anchors: bool,
-    contrast_positives: bool, hard_only: bool, half: bool, lowest_temperature: float, with_gradients: bool,
-    learn_temperature: bool, mean: bool, chunk_bytes: int, backend: str,
+    contrast_positives: bool, hard_only: bool, guide_widths: Sequence[int], guide_min: bool, half: bool,
+    lowest_temperature: float, with_gradients: bool, learn_temperature: bool, mean: bool, chunk_bytes: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Shapes of the outputs, for tracing."""
     wide = fused.wide_dtype(vectors)
@@ -207,7 +209,9 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     """Gradients in the order of the operator's inputs."""
     on_vectors, on_temperature = _gradients(ctx, grad_loss, in_graph=True)
     num_roles, num_guides = ctx.counts
-    return on_vectors, [None] * num_guides, [None] * num_roles, on_temperature, *[None] * (1 + len(ctx.settings))
+    # Numbers have no gradient; but an empty list, of widths, counts as one of tensors.
+    on_settings: list[Any] = [[] if value == [] else None for value in ctx.settings]
+    return on_vectors, [None] * num_guides, [None] * num_roles, on_temperature, None, *on_settings
 
 
 def _operate_again(*arguments: Any) -> Gradients:

@@ -11,6 +11,7 @@ a score.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import triton
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gistfast.kernels.exp_tiles import LENGTH, Sums, device_capability, exp_tiles, tile_shape
-from gistfast.kernels.fused import Layout, Rows, Segment, Settings
+from gistfast.kernels.fused import Layout, Rows, Segment, Settings, each_guide
 
 ROWS = 128  # rows a program of the small kernels takes
 ALIGN_WIDTH = 64  # a multiple of every BLOCK_K
@@ -36,9 +37,9 @@ class Prepared:
     Attributes:
         operand: The student's unit vectors in the precision of E, (vectors, width).
         total: T times the gradients on them, fp32; None where none are wanted.
-        left: Row operands of the tile products, [guide | student], fp16 of length `LENGTH`.
+        left: Row operands of the tile products, [guides | student], fp16 of length `LENGTH`.
         right: Column operands; `left` itself where nothing is split.
-        guide_width: Width of the guide's part of both.
+        guide_places: Columns of both at which each guide's part begins, and the one at which the last ends.
         width: Width of the student's vectors.
         ids: Text ids of the stack.
         terms: (3, R) own scores, thresholds, and refs: what is subtracted from a row's scores before exp.
@@ -52,7 +53,7 @@ class Prepared:
     total: Tensor | None
     left: Tensor
     right: Tensor
-    guide_width: int
+    guide_places: tuple[int, ...]
     width: int
     ids: Tensor
     terms: Tensor
@@ -92,43 +93,44 @@ def prepare(
     """Unit vectors of the roles, stacked in fp16 (split where they are wider), own scores and thresholds."""
     split = not settings.half and any(role.dtype not in _HALF for role in vectors)
     guide_split = any(role.dtype not in _HALF for role in guide)
-    width, guide_width = _padded(vectors[0].shape[1]), _padded(guide[0].shape[1]) if guide else ALIGN_WIDTH
+    guides = each_guide(guide, settings.guide_widths)
+    width, widths = _padded(vectors[0].shape[1]), [roles[0].shape[1] for roles in guides.values()] or [0]
     new = vectors[0].new_empty
     operand = new((layout.num_vectors, width), dtype=torch.float32 if split else torch.bfloat16)
     parts, guide_parts = 3 if split else 1, 3 if guide_split else 1
-    stride = guide_width * guide_parts + width * parts
+    places = (0, *accumulate(max(_padded(one), ALIGN_WIDTH) * guide_parts for one in widths))
+    stride = places[-1] + width * parts
     left = new((layout.num_vectors, stride), dtype=torch.float16)
     right = torch.empty_like(left) if split or guide_split else left
     ids = _narrow(ids)
     stacked_ids = ids[0].new_empty(layout.num_vectors)
-    lengths: dict[str, list[Tensor]] = {"student": [], "guide": []}
-    block, num_rows = _row_tile(max(width, guide_width))
+    lengths: dict[str, list[Tensor]] = {whose: [] for whose in ("student", *guides)}
+    block, num_rows = _row_tile(_padded(max(width, *widths)))
     unusable = vectors[0].new_zeros((), dtype=torch.int32)
     ends = [*(role.start for role in layout.roles[1:]), layout.num_vectors]
     for index, (role, end) in enumerate(zip(layout.roles, ends, strict=True)):
-        sizes = new((2, role.stop - role.start), dtype=torch.float32)
+        sizes = new((1 + len(widths), role.stop - role.start), dtype=torch.float32)
         guided = guide[index].contiguous() if guide else sizes
         _stack_role[(triton.cdiv(end - role.start, num_rows),)](
             vectors[index].contiguous(), guided, ids[index].contiguous(),
             left, right, operand, stacked_ids, sizes, unusable, role.stop - role.start, end - role.start, role.start,
-            vectors[index].shape[1], guided.shape[1] if guide else 0,
-            STRIDE=stride, PADDED=width, GUIDE_PADDED=guide_width, PARTS=parts, GUIDE_PARTS=guide_parts, LENGTH=LENGTH,
-            ROWS=num_rows, BLOCK=block,
+            vectors[index].shape[1],
+            GUIDE_COLUMNS=(0, *accumulate(widths)), GUIDE_PLACES=places, STRIDE=stride, PADDED=width, PARTS=parts,
+            GUIDE_PARTS=guide_parts, LENGTH=LENGTH, ROWS=num_rows, BLOCK=block,
         )  # fmt: skip
-        lengths["student"].append(sizes[0])
-        if guide:
-            lengths["guide"].append(sizes[1])
+        for whose, size in zip(lengths, sizes, strict=False):
+            lengths[whose].append(size)
     terms = new((3, settings.num_rows), dtype=torch.float32)
     _own_terms[(triton.cdiv(settings.num_rows, 16),)](
         left, right, temperature, terms, settings.row_offset, layout.first_positive, settings.num_rows, settings.margin,
         HIGHEST_EXPONENT,
-        GUIDE_WIDTH=guide_width * guide_parts, STRIDE=stride, GUIDED=bool(guide), RELATIVE=settings.relative,
-        SQUARE=LENGTH**2, ROWS=16,
+        GUIDE_PLACES=places, GUIDE_MIN=settings.guide_min, STRIDE=stride, GUIDED=bool(guide),
+        RELATIVE=settings.relative, SQUARE=LENGTH**2, ROWS=16,
     )  # fmt: skip
     total = temperature.new_zeros(operand.shape) if settings.with_gradients else None
     return Prepared(
-        operand, total, left, right, guide_width * guide_parts, vectors[0].shape[1], stacked_ids, terms, lengths,
-        unusable, layout, settings,
+        operand, total, left, right, places, vectors[0].shape[1], stacked_ids, terms, lengths, unusable, layout,
+        settings,
     )  # fmt: skip
 
 
@@ -149,9 +151,9 @@ def rows(
 
     def run(lost: Tensor | None, sums: Sums | None) -> Sums:
         return exp_tiles(
-            prepared.left, prepared.right, prepared.guide_width, prepared.ids, threshold, ref, own, temperature, e,
+            prepared.left, prepared.right, prepared.guide_places, prepared.ids, threshold, ref, own, temperature, e,
             blocks, first_row=settings.row_offset + first, first_positive=layout.first_positive,
-            hard_only=settings.hard_only, lost=lost, sums=sums,
+            hard_only=settings.hard_only, guide_min=settings.guide_min, lost=lost, sums=sums,
         )  # fmt: skip
 
     sums = run(None, None)
@@ -207,8 +209,9 @@ def _row_tile(width: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _store_parts(left_ptrs, right_ptrs, vectors, mask, PADDED: tl.constexpr, PARTS: tl.constexpr):
+def _store_parts(left_ptrs, right_ptrs, vectors, in_stack, k, PADDED: tl.constexpr, PARTS: tl.constexpr):
     """Store vectors as one fp16 part, or as [high | high | low] on the left and [high | low | high] on the right."""
+    mask = in_stack[:, None] & (k < PADDED)[None, :]
     high = vectors.to(tl.float16)
     tl.store(left_ptrs, high, mask=mask)
     tl.store(right_ptrs, high, mask=mask)
@@ -221,10 +224,10 @@ def _store_parts(left_ptrs, right_ptrs, vectors, mask, PADDED: tl.constexpr, PAR
 
 
 @triton.jit
-def _unit_vectors(vectors_ptr, lengths_ptr, unusable_ptr, row, k, num_vectors, width):
+def _unit_vectors(vectors_ptr, lengths_ptr, unusable_ptr, row, k, num_vectors, width, stride):
     """The rows' vectors at length 1, fp32, zeros past the end; stores their lengths, and 1 if one is unusable."""
     in_role = row < num_vectors
-    places = row[:, None].to(tl.int64) * width + k[None, :]
+    places = row[:, None].to(tl.int64) * stride + k[None, :]
     vectors = tl.load(vectors_ptr + places, mask=in_role[:, None] & (k < width)[None, :], other=0.0).to(tl.float32)
     # Scaled by the largest component first, so that no square leaves fp32's range. Division and root are rounded, not
     # approximate: an error here would be one of all the row's scores, and a temperature of 0.01 magnifies it.
@@ -234,7 +237,7 @@ def _unit_vectors(vectors_ptr, lengths_ptr, unusable_ptr, row, k, num_vectors, w
     length_before = largest * length
     tl.store(lengths_ptr + row, length_before, mask=in_role)
     usable = (length_before > 0) & (length_before < float("inf"))
-    if (width > 0) & (tl.max((in_role & (usable == 0)).to(tl.int32), 0) == 1):
+    if (tl.max((in_role & (usable == 0)).to(tl.int32), 0) == 1) & (width > 0):
         tl.store(unusable_ptr, 1)
     return tl.div_rn(vectors, tl.where(length > 0, length, 1.0)[:, None])
 
@@ -242,32 +245,43 @@ def _unit_vectors(vectors_ptr, lengths_ptr, unusable_ptr, row, k, num_vectors, w
 @triton.jit
 def _stack_role(
     vectors_ptr, guide_ptr, ids_ptr, left_ptr, right_ptr, operand_ptr, stacked_ids_ptr, lengths_ptr, unusable_ptr,
-    num_vectors, num_padded, start, width, guide_width,
-    STRIDE: tl.constexpr, PADDED: tl.constexpr, GUIDE_PADDED: tl.constexpr,
+    num_vectors, num_padded, start, width,
+    GUIDE_COLUMNS: tl.constexpr, GUIDE_PLACES: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr,
     PARTS: tl.constexpr, GUIDE_PARTS: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a role: unit vectors of guide and student into the stack, ids, and lengths. Zeros past the end."""
+    """Rows of a role: unit vectors of guides and student into the stack, ids, and lengths. Zeros past the end.
+
+    Guide number n has columns GUIDE_COLUMNS[n] to [n + 1] of the guide vectors, and GUIDE_PLACES likewise of the stack.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK)
-    in_stack = (row < num_padded)[:, None]
+    in_stack = row < num_padded
     place = (start + row).to(tl.int64)
     left = left_ptr + place[:, None] * STRIDE + k[None, :]
     right = right_ptr + place[:, None] * STRIDE + k[None, :]
-    guide = _unit_vectors(guide_ptr, lengths_ptr + num_vectors, unusable_ptr, row, k, num_vectors, guide_width)
-    _store_parts(left, right, guide * LENGTH, in_stack & (k < GUIDE_PADDED)[None, :], GUIDE_PADDED, GUIDE_PARTS)
-    unit = _unit_vectors(vectors_ptr, lengths_ptr, unusable_ptr, row, k, num_vectors, width)
-    after = GUIDE_PADDED * GUIDE_PARTS
-    mask = in_stack & (k < PADDED)[None, :]
-    _store_parts(left + after, right + after, unit * LENGTH, mask, PADDED, PARTS)
+    for n in tl.static_range(len(GUIDE_COLUMNS) - 1):
+        guide = _unit_vectors(
+            guide_ptr + GUIDE_COLUMNS[n], lengths_ptr + (n + 1) * num_vectors, unusable_ptr, row, k, num_vectors,
+            GUIDE_COLUMNS[n + 1] - GUIDE_COLUMNS[n], GUIDE_COLUMNS[-1],
+        )  # fmt: skip
+        _store_parts(
+            left + GUIDE_PLACES[n], right + GUIDE_PLACES[n], guide * LENGTH, in_stack, k,
+            (GUIDE_PLACES[n + 1] - GUIDE_PLACES[n]) // GUIDE_PARTS, GUIDE_PARTS,
+        )  # fmt: skip
+    unit = _unit_vectors(vectors_ptr, lengths_ptr, unusable_ptr, row, k, num_vectors, width, width)
+    _store_parts(left + GUIDE_PLACES[-1], right + GUIDE_PLACES[-1], unit * LENGTH, in_stack, k, PADDED, PARTS)
+    mask = in_stack[:, None] & (k < PADDED)[None, :]
     tl.store(operand_ptr + place[:, None] * PADDED + k[None, :], unit.to(operand_ptr.dtype.element_ty), mask=mask)
-    tl.store(stacked_ids_ptr + place, tl.load(ids_ptr + row, mask=row < num_vectors, other=0), mask=row < num_padded)
+    tl.store(stacked_ids_ptr + place, tl.load(ids_ptr + row, mask=row < num_vectors, other=0), mask=in_stack)
 
 
 @triton.jit
-def _own_products(left_ptr, right_ptr, anchor, positive, inside, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
+def _own_products(
+    left_ptr, right_ptr, anchor, positive, inside, FIRST: tl.constexpr, END: tl.constexpr, STRIDE: tl.constexpr
+):
     """Products of anchors and positives over one part of the stack, summed chunk by chunk."""
     products = tl.zeros(anchor.shape, tl.float32)
-    for first in range(0, WIDTH, 64):
+    for first in range(FIRST, END, 64):
         k = first + tl.arange(0, 64)
         a = tl.load(left_ptr + anchor[:, None] * STRIDE + k[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
         p = tl.load(right_ptr + positive[:, None] * STRIDE + k[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
@@ -278,8 +292,8 @@ def _own_products(left_ptr, right_ptr, anchor, positive, inside, WIDTH: tl.const
 @triton.jit
 def _own_terms(
     left_ptr, right_ptr, temperature_ptr, terms_ptr, row_offset, first_positive, num_rows, margin, highest_exponent,
-    GUIDE_WIDTH: tl.constexpr, STRIDE: tl.constexpr, GUIDED: tl.constexpr, RELATIVE: tl.constexpr, SQUARE: tl.constexpr,
-    ROWS: tl.constexpr,
+    GUIDE_PLACES: tl.constexpr, GUIDE_MIN: tl.constexpr, STRIDE: tl.constexpr, GUIDED: tl.constexpr,
+    RELATIVE: tl.constexpr, SQUARE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The rows' own scores, thresholds and refs, from the very vectors that the tiles are made of.
 
@@ -289,13 +303,17 @@ def _own_terms(
     inside = row < num_rows
     anchor = (row_offset + row).to(tl.int64)
     positive = first_positive + anchor
-    own = _own_products(
-        left_ptr + GUIDE_WIDTH, right_ptr + GUIDE_WIDTH, anchor, positive, inside, STRIDE - GUIDE_WIDTH, STRIDE
-    )
+    own = _own_products(left_ptr, right_ptr, anchor, positive, inside, GUIDE_PLACES[-1], STRIDE, STRIDE)
     tl.store(terms_ptr + row, own / SQUARE, mask=inside)
     threshold = tl.full((ROWS,), float("inf"), tl.float32)
     if GUIDED:
-        own_guide = _own_products(left_ptr, right_ptr, anchor, positive, inside, GUIDE_WIDTH, STRIDE) / SQUARE
+        own_guide = _own_products(left_ptr, right_ptr, anchor, positive, inside, 0, GUIDE_PLACES[1], STRIDE)
+        for n in tl.static_range(1, len(GUIDE_PLACES) - 1):
+            another = _own_products(
+                left_ptr, right_ptr, anchor, positive, inside, GUIDE_PLACES[n], GUIDE_PLACES[n + 1], STRIDE
+            )
+            own_guide = tl.minimum(own_guide, another) if GUIDE_MIN else tl.maximum(own_guide, another)
+        own_guide = own_guide / SQUARE
         threshold = own_guide - (tl.abs(own_guide) * margin if RELATIVE else margin)
     tl.store(terms_ptr + num_rows + row, threshold, mask=inside)
     lowest = 1.0 - highest_exponent * tl.load(temperature_ptr)

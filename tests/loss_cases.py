@@ -114,6 +114,16 @@ def _normal_roles(width: int, topics: Sequence[Tensor], generator: torch.Generat
     return [role * 10 ** (2 * torch.rand(len(role), 1, generator=generator) - 1) for role in roles]
 
 
+def with_guides(batch: Batch, *widths: int) -> Batch:
+    """The batch with several guides that are not of one mind, of lengths 1, 2, 4 and so on, side by side."""
+    num_anchors, num_negatives = len(batch.student[0]), sum(map(len, batch.student[2:]))
+    guides = [
+        [2.0**number * role for role in make_batch(num_anchors, num_negatives, 8, width, seed=number).guide]
+        for number, width in enumerate(widths)
+    ]
+    return replace(batch, guide=[torch.cat(roles, 1) for roles in zip(*guides, strict=True)])
+
+
 def with_ids(batch: Batch, seed: int = 0, dtype: torch.dtype = torch.int64) -> Batch:
     """The batch with few distinct texts: same id, same vectors, within a role and across roles."""
     sizes = [len(role) for role in batch.student]
@@ -220,16 +230,24 @@ def _whole_eager(batch: Batch, **options: Any) -> Outcome:
     return outcome(batch, "reference", **options)
 
 
-def half_eager(batch: Batch, *, temperature: float = 0.01, margin: float = 0.0) -> Outcome:
+def half_eager(
+    batch: Batch,
+    *,
+    temperature: float = 0.01,
+    margin: float = 0.0,
+    guide_widths: Sequence[int] = (),
+    guide_score: str = "max",
+) -> Outcome:
     """What eager code gives whose unit vectors, products and softmax are all in the dtype of the batch."""
     student = [role.detach().clone().requires_grad_() for role in batch.student]
-    unit, guide = (
-        torch.cat([torch.nn.functional.normalize(role) for role in roles]) for roles in (student, batch.guide)
+    unit, *guides = (
+        torch.cat([torch.nn.functional.normalize(role) for role in roles])
+        for roles in (student, *fused.each_guide(batch.guide, guide_widths).values())
     )
     losses, _, _ = guided_contrastive_reference(
-        unit, guide, torch.arange(len(unit), device=unit.device), torch.tensor(temperature), len(student[0]),
+        unit, guides, torch.arange(len(unit), device=unit.device), torch.tensor(temperature), len(student[0]),
         ("ap", "aa", "pp", "an")[: 1 + len(student)], row_offset=0, num_rows=len(student[0]), margin=margin,
-        relative=False, hard_only=False,
+        relative=False, hard_only=False, guide_min=guide_score == "min",
     )  # fmt: skip
     loss = losses.float().mean()
     loss.backward()

@@ -3,14 +3,16 @@
 import logging
 import math
 from dataclasses import replace
+from statistics import mean
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import Batch, make_batch, outcome, truth, with_ids
+from loss_cases import Batch, make_batch, outcome, truth, with_guides, with_ids
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from gistfast import functional
 from gistfast.errors import ConfigError, ShapeError, VectorError
@@ -21,10 +23,17 @@ both_backends = pytest.mark.parametrize("backend", ["reference", "chunked"])
 
 def by_hand(batch: Batch, *, temperature: float = 0.01, **options: Any) -> tuple[list[float], dict[str, float]]:
     """Losses of the rows and dropped shares, candidate by candidate as the formula says."""
-    student, guide = (
+    widths = options.get("guide_widths") or [role.shape[1] for role in batch.guide[:1]]
+    cut = zip(*(role.split(widths, 1) for role in batch.guide), strict=True)
+    student, *guides = (
         [[(vector / vector.norm()).tolist() for vector in role.double()] for role in roles]
-        for roles in (batch.student, batch.guide)
+        for roles in (batch.student, *cut)
     )
+    of_guides = {"min": min, "max": max}.get(options.get("guide_score", ""), mean)
+
+    def guide_score(looker: int, i: int, seen: int, j: int) -> float:
+        return of_guides([dot(guide[looker][i], guide[seen][j]) for guide in guides])
+
     # Without ids, every vector is a text of its own.
     ids = [role.tolist() for role in batch.ids] or [
         [(role, i) for i in range(len(v))] for role, v in enumerate(student)
@@ -34,13 +43,13 @@ def by_hand(batch: Batch, *, temperature: float = 0.01, **options: Any) -> tuple
     losses, dropped, met = [], dict.fromkeys(blocks, 0), dict.fromkeys(blocks, 0)
     for i in range(len(student[0])):
         own, total = dot(student[0][i], student[1][i]), 0.0
-        threshold = threshold_by_hand(dot(guide[0][i], guide[1][i]), **options) if guide else math.inf
+        threshold = threshold_by_hand(guide_score(0, i, 1, i), **options) if guides else math.inf
         for block in blocks:
             looker, seen = ("apn".index(letter) for letter in block)
             # Neither the own positive nor the row itself is a candidate.
             for j in (j for j in range(len(student[seen])) if block == "an" or j != i):
                 score = dot(student[looker][i], student[seen][j])
-                above = bool(guide) and dot(guide[looker][i], guide[seen][j]) > threshold
+                above = bool(guides) and guide_score(looker, i, seen, j) > threshold
                 drop = above or ids[seen][j] in (ids[0][i], ids[1][i]) or (options.get("hard_only") and score < own)
                 met[block] += 1
                 dropped[block] += bool(drop)
@@ -93,6 +102,22 @@ def test_losses_and_dropped_shares_are_those_of_the_formula(
 
 
 @both_backends
+@pytest.mark.parametrize("guide_score", ["mean", "min", "max"])
+@pytest.mark.parametrize("margin", [0.0, 0.125, 1.25])
+def test_several_guides_judge_by_their_mean_lowest_or_highest_score(
+    backend: str, guide_score: str, margin: float
+) -> None:
+    # Four guides as long as each other and of exact products, so that the whole is their mean, and ties stay ties.
+    batch = with_guides(make_batch(13, 5, seed=3), 16, 16, 16, 16)
+    batch = replace(batch, guide=[normalize(role.double().view(-1, 4, 16), dim=2).flatten(1) for role in batch.guide])
+    options: dict[str, Any] = {"guide_widths": [16] * 4, "guide_score": guide_score, "margin": margin}
+    losses, dropped = by_hand(batch, temperature=0.1, **options)
+    found = outcome(batch, backend, temperature=0.1, **options)
+    assert float(found.loss) == pytest.approx(mean(losses), rel=1e-9)
+    assert {block: float(share) for block, share in found.stats.dropped.items()} == pytest.approx(dropped, abs=1e-7)
+
+
+@both_backends
 def test_own_positive_survives_any_margin(backend: str) -> None:
     batch = make_batch(9, 4, seed=3)
     found = outcome(batch, backend, temperature=0.5, margin=1.9)
@@ -100,6 +125,18 @@ def test_own_positive_survives_any_margin(backend: str) -> None:
     losses, _ = by_hand(batch, temperature=0.5, margin=1.9)
     assert float(found.loss) == pytest.approx(sum(losses) / 9)
     assert float(outcome(batch, backend, margin=2.1).loss) == 0
+
+
+@both_backends
+@pytest.mark.parametrize("guide_score", ["min", "max"])
+def test_own_positive_survives_what_several_guides_say(backend: str, guide_score: str) -> None:
+    batch = with_guides(make_batch(9, 4, seed=3), 16, 4)
+    # To one guide the positive is the anchor's opposite, and another text its twin.
+    batch.guide[1][:, :16] = -batch.guide[0][:, :16]
+    options: dict[str, Any] = {"guide_widths": (16, 4), "guide_score": guide_score, "temperature": 0.5}
+    losses, _ = by_hand(batch, **options)
+    assert float(outcome(batch, backend, **options).loss) == pytest.approx(mean(losses))
+    assert float(outcome(batch, backend, margin=2.1, **options).loss) == 0
 
 
 @both_backends
@@ -236,6 +273,12 @@ def test_unusable_vector_is_named(backend: str, whose: str, role: int, name: str
         ({"guide_anchor": torch.ones(4, 16)}, ShapeError, "guide_anchor has 4 vectors"),
         ({"guide_negative": None}, ShapeError, "guide_negative is missing"),
         ({"negative": None}, ShapeError, "guide_negative is given without negative"),
+        ({"guide_score": "sum"}, ConfigError, "guide_score is 'sum'"),
+        ({"guide_score": "min"}, ConfigError, "guide_score is 'min' and guide_widths None"),
+        ({"guide_score": "max", "guide_widths": [16]}, ConfigError, "give the width of each"),
+        ({"guide_widths": (8, 7)}, ShapeError, r"guide_widths is \(8, 7\), guide vectors are 16 wide"),
+        ({"guide_widths": (16, 0)}, ShapeError, r"guide_widths is \(16, 0\)"),
+        ({"guide_widths": ()}, ShapeError, r"guide_widths is \(\)"),
         ({"anchor_ids": torch.arange(5)}, ShapeError, "positive_ids is missing"),
         (
             {"anchor_ids": torch.arange(5), "positive_ids": torch.arange(5), "negative_ids": torch.ones(3)},
@@ -291,8 +334,9 @@ def test_autocast_changes_neither_dtype_nor_float64_s_precision(backend: str) ->
         {"temperature": 0.1},
         {"temperature": torch.tensor(0.1)},
         {"temperature": torch.tensor(0.1), "row_weights": torch.tensor([1.0, 2.0, 0.0, -1.0, 0.5, 3.0])},
+        {"temperature": 0.1, "guide_widths": (10, 6), "guide_score": "min"},
     ],
-    ids=["mean", "learned temperature", "none"],
+    ids=["mean", "learned temperature", "none", "two guides"],
 )
 @pytest.mark.parametrize("backend", ["auto", "chunked"])
 def test_compiled_whole_it_gives_the_same(backend: str, options: dict[str, Any]) -> None:
@@ -311,6 +355,7 @@ def test_compiled_whole_it_gives_the_same(backend: str, options: dict[str, Any])
         reduction="mean" if weights is None else "none",
         backend=backend,
         return_stats=True,
+        **{name: value for name, value in options.items() if name.startswith("guide_")},
     )
     (loss if weights is None else (loss * weights).sum()).backward()
     assert torch.equal(loss, eager.loss)

@@ -27,6 +27,7 @@ from loss_cases import (
     outcome,
     rows_mib,
     truth,
+    with_guides,
     with_ids,
 )
 from torch import Tensor
@@ -126,6 +127,48 @@ def test_guide_of_any_precision_and_length_is_read(guide_dtype: torch.dtype) -> 
     lengths = [2.0 ** (torch.arange(len(role)) % 7 - 3)[:, None] for role in batch.guide]
     guide = [(role * length).to(guide_dtype) for role, length in zip(batch.guide, lengths, strict=True)]
     assert_no_worse_than_eager(replace(batch, guide=guide).to(torch.float32), temperature=0.05)
+
+
+@pytest.mark.parametrize("guide_score", ["min", "max"])
+@pytest.mark.parametrize(
+    ("dtype", "num_anchors", "num_negatives", "guide_widths"),
+    [
+        (torch.float32, 1, 0, (16, 4)),
+        (torch.float16, 13, 5, (16, 70, 4)),
+        (torch.bfloat16, 29, 11, (16, 16)),
+        (torch.float32, 129, 37, (70, 16)),
+    ],
+    ids=["one row", "three guides, one past a tile's depth", "two of a width", "one row past a tile"],
+)
+def test_lowest_and_highest_score_of_several_guides(
+    guide_score: str, dtype: torch.dtype, num_anchors: int, num_negatives: int, guide_widths: tuple[int, ...]
+) -> None:
+    batch = with_guides(make_batch(num_anchors, num_negatives), *guide_widths).to(dtype)
+    options: dict[str, Any] = {"guide_widths": guide_widths, "temperature": 0.05}
+    found = assert_no_worse_than_eager(batch, guide_score=guide_score, **options)
+    right = truth(batch, guide_score=guide_score, **options).stats.dropped
+    assert all(float(found.stats.dropped[block]) == pytest.approx(float(right[block])) for block in right)
+    if num_anchors > 1:
+        other = truth(batch, guide_score={"min": "max", "max": "min"}[guide_score], **options).stats.dropped
+        assert any(float(other[block]) != pytest.approx(float(right[block])) for block in right)
+
+
+@pytest.mark.parametrize("guide_score", ["min", "max"])
+def test_several_guides_in_full_precision_with_options(guide_score: str) -> None:
+    batch = with_ids(with_guides(make_batch(29, 11), 16, 70)).to(torch.float32)
+    batch = replace(batch, guide=[role.float() for role in batch.guide])
+    options: dict[str, Any] = {"margin": 0.125, "margin_strategy": "relative", "row_offset": 3, "num_rows": 9}
+    assert_no_worse_than_eager(
+        batch, guide_widths=(16, 70), guide_score=guide_score, temperature=torch.tensor(0.05), **options
+    )
+
+
+@pytest.mark.parametrize("guide_score", ["mean", "min", "max"])
+def test_guides_of_one_mind_are_one_guide(guide_score: str) -> None:
+    batch = make_batch(29, 11).to(torch.float32)
+    # Four, so that the length of all together is a power of two, and ties stay ties.
+    four = replace(batch, guide=[torch.cat([role] * 4, 1) for role in batch.guide])
+    assert_same(outcome(batch), outcome(four, guide_widths=(16,) * 4, guide_score=guide_score))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])

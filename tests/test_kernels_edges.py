@@ -105,6 +105,17 @@ def test_one_row_with_everything_dropped_leaves_the_others_alone() -> None:
 
 # NumPy, which the interpreter computes with, warns where a card is silent.
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_unusable_vector_of_one_of_several_guides_is_named(value: float) -> None:
+    batch = make_batch(5, 3).to(torch.float32)
+    batch.guide[2][1, 10:] = value
+    found = "zero" if value == 0 else "not finite"
+    with pytest.raises(VectorError, match=f"the guide 2 vector of negative 1 is {found}"):
+        outcome(batch, guide_widths=(10, 6), guide_score="min")
+
+
+# NumPy, which the interpreter computes with, warns where a card is silent.
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
 @pytest.mark.parametrize("whose", ["student", "guide"])
 def test_unusable_vector_is_named(whose: str, value: float) -> None:
