@@ -24,6 +24,8 @@ from gistfast.store import GuideStore
 class GISTLoss(nn.Module):
     """Guided in-sample selection of negatives (GISTEmbed), with the guide's vectors read from a store.
 
+    Where the store holds several guides, they judge by the mean, lowest or highest of their scores, as the store says.
+
     Inputs: two or more text columns (anchor, positive, then any number of negatives), and a label column of
     text ids, one for each text column. Works with `BatchSamplers.NO_DUPLICATES`, several datasets,
     `MatryoshkaLoss` and evaluation.
@@ -121,6 +123,7 @@ class GISTLoss(nn.Module):
         loss, stats = guided_contrastive_loss(
             anchor, positive, negative,
             guide_anchor=guide_anchor, guide_positive=guide_positive, guide_negative=guide_negative,
+            guide_widths=self.store.guide_widths, guide_score=self.store.guide_score,
             anchor_ids=anchor_ids, positive_ids=positive_ids, negative_ids=negative_ids,
             row_offset=row_offset, num_rows=num_rows, return_stats=True, **self.options,
         )  # fmt: skip

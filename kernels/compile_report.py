@@ -2,7 +2,7 @@
 
     python -m gistfast.kernels.compile_report [sm_90 ...]
 
-Exit status 1 when a variant does not fit its card, or one that training meets spills on sm_90. Not for TRITON_INTERPRET.
+Exit status 1 when a variant does not fit its card, or one that training meets spills on sm_90. Not in the interpreter.
 """
 
 import re

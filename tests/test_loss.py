@@ -268,6 +268,35 @@ def test_loss_is_the_function_of_student_and_stored_vectors(
 
 
 @BOTH
+def test_several_guides_judge_as_the_store_says(
+    store_of: Callable[..., GuideStore], model: SentenceTransformer, tiny_student: Path, make_loss: Loss
+) -> None:
+    found = {}
+    for guide_score in ("mean", "min", "max"):
+        path = store_of([row[:2] for row in ROWS]).path
+        options: dict[str, Any] = {"guide_score": guide_score, "index": "none", "device": "cpu", "holdout": 0.0}
+        store = precompute(path.parent / "rows.jsonl", guide=tiny_student, out=path, add_guide=True, **options)
+        features, labels = batch_of(model, store)
+        anchor, positive = (model(dict(column))["sentence_embedding"] for column in features)
+        expected, stats = guided_contrastive_loss(
+            anchor,
+            positive,
+            guide_anchor=store.gather(labels[:, 0]),
+            guide_positive=store.gather(labels[:, 1]),
+            guide_widths=store.guide_widths,
+            guide_score=guide_score,
+            anchor_ids=labels[:, 0],
+            positive_ids=labels[:, 1],
+            return_stats=True,
+        )
+        loss = make_loss(model, store)
+        torch.testing.assert_close(loss(features, labels).detach(), expected.detach())
+        assert loss.last_stats == stats.dropped
+        found[guide_score] = float(expected.detach())
+    assert len(set(found.values())) == 3
+
+
+@BOTH
 def test_same_text_is_no_negative_under_another_prompt(
     store_of: Callable[..., GuideStore], model: SentenceTransformer, make_loss: Loss
 ) -> None:
