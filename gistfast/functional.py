@@ -161,7 +161,10 @@ def guided_contrastive_loss(  # type: ignore[misc]
         students, guides, ids = students[:2], guides[:2], ids[:2]
     chosen = choose_backend(backend, anchor)
     wide = wide_dtype(students)
-    scalar = torch.as_tensor(temperature, dtype=wide, device=anchor.device)
+    if isinstance(temperature, Tensor):
+        scalar = temperature.to(anchor.device, wide)
+    else:  # made on the device: a copy to it would wait
+        scalar = torch.full((), temperature, dtype=wide, device=anchor.device)
     layout = Layout(len(anchor), 0 if negative is None else len(negative), contrast_anchors, contrast_positives)
     relative, mean = margin_strategy == "relative", reduction == "mean"
     try:

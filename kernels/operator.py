@@ -135,9 +135,13 @@ def _gradients(ctx: Any, grad_loss: Tensor, *, in_graph: bool) -> Gradients:
             "call backward without create_graph, or use backend='reference'"
         )
     if ctx.settings.mean:
-        # On a CPU a look at the weight costs nothing, and one of 1 saves a copy of the gradients.
+        # On a CPU a look at the weight costs nothing, and one of 1 saves a copy of the gradients. Elsewhere the cast to
+        # the vectors' dtype comes with the product, in one launch and without a copy in between.
         is_one = not in_graph and grad_loss.device.type == "cpu" and float(grad_loss) == 1
-        scaled = [gradient if is_one else gradient * grad_loss for gradient in ctx.saved_tensors]
+        scaled = [
+            gradient if is_one else torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype))
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=False)
+        ]
         on_vectors, on_temperature = scaled[: ctx.counts[0]], (scaled[ctx.counts[0] :] or [None])[0]
     else:
         *tensors, temperature = ctx.saved_tensors
