@@ -15,6 +15,7 @@ from loss_cases import (
     make_batch,
     outcome,
     truth,
+    with_guides,
     with_ids,
 )
 from torch import Tensor
@@ -93,6 +94,14 @@ def test_guide_of_other_precision_is_read(guide_dtype: torch.dtype) -> None:
     assert_no_worse_than_eager(
         replace(batch, guide=[role.to(guide_dtype) for role in batch.guide]), "triton", temperature=0.05
     )
+
+
+@every_dtype
+@pytest.mark.parametrize("guide_score", ["min", "max"])
+def test_lowest_and_highest_score_of_several_guides(dtype: torch.dtype, guide_score: str) -> None:
+    widths = (16, 70, 256)
+    batch = with_guides(make_batch(517, 100, 64), *widths).on("cuda").to(dtype)
+    check(batch, temperature=0.05, guide_widths=widths, guide_score=guide_score)
 
 
 def test_without_a_guide() -> None:
