@@ -84,6 +84,16 @@ class RowSource:
         record = json.dumps([contents, [*self._names.items(), *([("task", self._task)] if self._task else [])]])
         return xxhash.xxh3_128_hexdigest(record.encode())
 
+    def stamp(self) -> str | None:
+        """Hash of the files' paths, sizes and times of change and of the column mapping; None without plain files.
+
+        While it stays the same, the fingerprint does.
+        """
+        stamps = [file.stamp() for file in self._files]
+        if None in stamps:
+            return None
+        return xxhash.xxh3_128_hexdigest(json.dumps([stamps, list(self._names.items()), self._task]).encode())
+
     @property
     def num_rows(self) -> int | None:
         """Number of rows, bad ones included, or None when only reading tells."""

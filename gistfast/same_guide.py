@@ -10,7 +10,7 @@ from gistfast.guide import Guide
 from gistfast.store import GuideInfo
 from gistfast.store.plan import is_store, read_plan
 from gistfast.store.shards import open_shard, pending_shards, read_commit
-from gistfast.store.writer import ROLES
+from gistfast.store.vectors import ROLES
 
 # A server's vectors move a little with the batch they are in, and by the precision of the store.
 SAME_COSINE = 0.99

@@ -1,5 +1,7 @@
 """How a file reaches the disk: whole or not at all, whatever is killed when."""
 
+import errno
+import fcntl
 import json
 import os
 import secrets
@@ -11,6 +13,9 @@ from typing import IO, Any
 import xxhash
 
 from gistfast.errors import StoreError
+
+# The last is NFS's answer for a folder.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
 
 
 def fingerprint_of(record: Mapping[str, Any]) -> str:
@@ -47,6 +52,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int, *, wait: bool) -> bool | None:
+    """Lock a file or folder (flock) until its descriptor is closed, which happens when the process ends, too.
+
+    Returns:
+        True when it is locked, False when another process holds it (never with `wait`), None where the file system
+        has no such locks: some of those that machines share have none, or none on folders.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return True
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What a store is and what it is becoming: store.json and, while shards are missing, next.json beside it."""
 
-import fcntl
 import logging
 import os
 import re
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from gistfast.errors import StoreError
-from gistfast.store.files import one_line_write_errors, read_json, sync_folder
+from gistfast.store.files import lock, one_line_write_errors, read_json, sync_folder
 from gistfast.store.manifest import MANIFEST_NAME, PLAN_NAME, Manifest
 from gistfast.store.shards import COMMITS, commit_path, pending_shards
 
@@ -101,16 +100,17 @@ def remove_unplanned(folder: Path, *plans: Manifest) -> list[str]:
 
 
 class FolderLock:
-    """Holds a store for one process that adds rows to it or plans a guide; released when the process ends."""
+    """Holds a store for one process that adds rows to it or plans a guide; released when the process ends.
+
+    Where the file system has no locks, it holds nothing.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Wait until no other process holds it."""
         self._descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process adds to %s: waiting for it", folder)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        if lock(self._descriptor, wait=False) is False:
+            logger.info("another process is at %s: waiting for it", folder)
+            lock(self._descriptor, wait=True)
 
     def release(self) -> None:
         """Let other processes in."""

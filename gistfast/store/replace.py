@@ -7,13 +7,12 @@
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from pathlib import Path
 
 from gistfast.errors import StoreError
-from gistfast.store.files import new_token, one_line_write_errors, sync_folder
+from gistfast.store.files import lock, new_token, one_line_write_errors, sync_folder
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -89,7 +88,7 @@ def _make_locked(store: Path) -> tuple[Path, int]:
         path = store.with_name(f".{store.name}.reading-{new_token()}")
         path.mkdir()
         descriptor = os.open(path, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor, wait=True)
         # Another run may have taken the folder for a leftover before it was locked.
         if path.is_dir():
             return path, descriptor
@@ -103,10 +102,9 @@ def _remove_unless_locked(folder: Path) -> None:
         # Another run removed it, or it became the store.
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        return
+        # Where there are no locks, nobody knows whether its writer lives.
+        if lock(descriptor, wait=False):
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(descriptor)
 

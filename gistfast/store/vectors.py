@@ -1,16 +1,109 @@
-"""Guide vectors on their way into a shard: checked, and in the precision in which they are stored."""
+"""The shards of a guide's vectors: which are missing, their texts, and the way of their vectors into the store."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from gistfast.errors import VectorError
-from gistfast.store.shards import fixed_size_lists
+from gistfast.errors import StoreError, VectorError
+from gistfast.store.info import GuideInfo
+from gistfast.store.manifest import Manifest
+from gistfast.store.plan import read_plan
+from gistfast.store.shards import commit_path, fixed_size_lists, open_shard, pending_shards, read_commit, write_shard
 
 Array = np.ndarray[Any, Any]
+Role = Literal["query", "document"]
+ROLES: tuple[Role, Role] = ("query", "document")
+
+
+class VectorShards:
+    """The shards of one guide's vectors in a store whose rows are in.
+
+    Any number of processes, on any number of machines, may write them at once: the first commit of a shard stands.
+
+    Attributes:
+        store: Folder of the store.
+        sizes: Texts in each shard.
+    """
+
+    def __init__(self, store: Path, plan: Manifest, guide: GuideInfo) -> None:
+        """Use `open`, or `StoreWriter.vectors`, which know the plan.
+
+        Args:
+            store: Folder of the store.
+            plan: What the store will be.
+            guide: One of its guides.
+        """
+        self.store = store
+        self.sizes = plan.plan.texts
+        self._plan = plan
+        self._guide = guide
+        self._kind = f"vectors/{guide.key}"
+
+    @classmethod
+    def open(cls, store: Path, guide: GuideInfo) -> "VectorShards":
+        """The vectors of `guide` in the store at `store`, for a worker that knows nothing of its rows.
+
+        Raises:
+            StoreError: When there is no store, or it is to hold another guide's vectors.
+        """
+        plan = read_plan(store)
+        if difference := plan.difference(guide, plan.data.columns, plan.data.holdout):
+            raise StoreError(
+                f"{store} was made with another guide: {difference}: give every worker the same guide and settings"
+            )
+        return cls(store, plan, guide)
+
+    def pending(self) -> list[int]:
+        """Numbers of the shards whose vectors are not committed, by this process or another, in order."""
+        return pending_shards(self.store, self._kind, self._plan)
+
+    def is_committed(self, shard: int) -> bool:
+        """Whether the vectors of `shard` are there."""
+        return commit_path(self.store, self._kind, shard).is_file()
+
+    def lock_path(self, shard: int) -> Path:
+        """The file that a process locks while it embeds `shard`, so that others take another one."""
+        commit = commit_path(self.store, self._kind, shard)
+        return commit.with_name(f".{commit.stem}.lock")
+
+    def texts_of(self, shard: int) -> list[str]:
+        """The texts whose vectors make up `shard`, in order."""
+        texts: list[str] = self._text_columns(shard).column("text").to_pylist()
+        return texts
+
+    def roles_of(self, shard: int) -> list[Role]:
+        """The role under whose prompt the guide reads each text of `shard`.
+
+        All are "query" when both prompts are the same, because one vector then serves both roles.
+        """
+        return [ROLES[role] for role in self._text_columns(shard).column("role").to_pylist()]
+
+    def write(self, shard: int, vectors: Array) -> bool:
+        """Write and commit the vectors of `shard`; False when another process had done so first.
+
+        Args:
+            shard: Number of the shard.
+            vectors: (texts of the shard, G) float32, in their order; stored in the guide's dtype.
+
+        Raises:
+            VectorError: When a vector is zero or not finite in the stored dtype (the text is named), or the
+                array has another shape.
+            StoreError: When the disk is full or the folder cannot be written.
+        """
+        expected = (self.sizes[shard], self._guide.width)
+        if vectors.shape != expected:
+            raise VectorError(
+                f"shard {shard} got vectors of shape {vectors.shape}, expected {expected}: check the guide"
+            )
+        batch = vector_batch(vectors, self._guide.dtype, self.texts_of(shard), sum(self.sizes[:shard]))
+        return write_shard(self.store, self._kind, shard, batch, self._plan.recipe(self._kind, shard))
+
+    def _text_columns(self, shard: int) -> pa.RecordBatch:
+        return open_shard(self.store, read_commit(self.store, "texts", shard, self._plan)).batch
 
 
 def vector_batch(vectors: Array, dtype: str, texts: Sequence[str], first_entry: int) -> pa.RecordBatch:

@@ -6,13 +6,12 @@ A store appears under its name once all its rows are in; from then on any number
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
-import pyarrow as pa
 
 from gistfast.dataset import Rows, RowSource
-from gistfast.errors import StoreError, VectorError
+from gistfast.errors import StoreError
 from gistfast.store.info import GuideInfo, GuideScore
 from gistfast.store.ingest import Ingest
 from gistfast.store.manifest import PLAN_NAME, Manifest
@@ -29,13 +28,10 @@ from gistfast.store.plan import (
 from gistfast.store.reader import GuideStore
 from gistfast.store.replace import ReadingFolder, remove_leftovers, replace_store, replacement_of
 from gistfast.store.request import Mode, Request, refuse_unless_free
-from gistfast.store.shards import open_shard, pending_shards, read_commit, write_shard
-from gistfast.store.vectors import vector_batch
+from gistfast.store.sources_seen import keep_fingerprint, recall_fingerprint
+from gistfast.store.vectors import Role, VectorShards
 
 logger = logging.getLogger(__name__)
-
-Role = Literal["query", "document"]
-ROLES: tuple[Role, Role] = ("query", "document")
 
 
 class StoreWriter:
@@ -94,6 +90,7 @@ class StoreWriter:
         refuse_unless_free(final, mode)
         remove_leftovers(final)
         request, replacement = Request(guide, source, holdout), replacement_of(final)
+        recall_fingerprint(replacement if replacement.exists() else final, source)
         interrupted = mode in ("overwrite", "resume") and request.made(replacement)
         target = replacement if interrupted or (mode == "overwrite" and is_store(final)) else final
         writer = cls(final, target, request)
@@ -164,6 +161,7 @@ class StoreWriter:
             self._adopt(read_plan(self.path))
         elif new.num_rows:
             plan.write(self.path / PLAN_NAME)
+            keep_fingerprint(self.path, self._request.source)
             self._plan = plan
             logger.info("%d rows and %d texts are new, %d rows were there", new.num_rows, new.num_texts, new.repeated)
         else:
@@ -171,9 +169,18 @@ class StoreWriter:
             logger.info("all %d rows were there already: %s stays as it is", new.repeated, self.path)
         self.close()
 
+    @property
+    def vectors(self) -> VectorShards:
+        """The shards of vectors: what workers read and write.
+
+        Raises:
+            StoreError: While rows are missing.
+        """
+        return VectorShards(self.path, self.manifest, self.guide)
+
     def pending_shards(self) -> list[int]:
         """Numbers of the shards whose vectors are not committed, by this process or another, in order."""
-        return pending_shards(self.path, self._kind, self.manifest)
+        return self.vectors.pending()
 
     def missing_vectors(self) -> dict[str, int]:
         """How many shards of vectors are missing of each guide that lacks some, by its name."""
@@ -181,36 +188,20 @@ class StoreWriter:
 
     def texts_of(self, shard: int) -> list[str]:
         """The texts whose vectors make up `shard`, in order."""
-        texts: list[str] = self._text_columns(shard).column("text").to_pylist()
-        return texts
+        return self.vectors.texts_of(shard)
 
     def roles_of(self, shard: int) -> list[Role]:
-        """The role under whose prompt the guide reads each text of `shard`.
-
-        All are "query" when both prompts are the same, because one vector then serves both roles.
-        """
-        return [ROLES[role] for role in self._text_columns(shard).column("role").to_pylist()]
+        """The role under whose prompt the guide reads each text of `shard`."""
+        return self.vectors.roles_of(shard)
 
     def write_vectors(self, shard: int, vectors: np.ndarray[Any, Any]) -> bool:
         """Write and commit the guide vectors of `shard`; False when another process had done so first.
 
-        Args:
-            shard: Number of the shard.
-            vectors: (texts of the shard, G) float32, in their order; stored in the guide's dtype.
-
         Raises:
-            VectorError: When a vector is zero or not finite in the stored dtype (the text is named), or the
-                array has another shape.
+            VectorError: When a vector is zero or not finite in the stored dtype, or the array has another shape.
             StoreError: When the disk is full or the folder cannot be written.
         """
-        guide, sizes = self.guide, self.manifest.plan.texts
-        expected = (sizes[shard], guide.width)
-        if vectors.shape != expected:
-            raise VectorError(
-                f"shard {shard} got vectors of shape {vectors.shape}, expected {expected}: check the guide"
-            )
-        batch = vector_batch(vectors, guide.dtype, self.texts_of(shard), sum(sizes[:shard]))
-        return write_shard(self.path, self._kind, shard, batch, self.manifest.recipe(self._kind, shard))
+        return self.vectors.write(shard, vectors)
 
     def store(self) -> GuideStore:
         """The store to be, for what is made of its vectors before others may read it.
@@ -247,10 +238,6 @@ class StoreWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def _kind(self) -> str:
-        return f"vectors/{self.guide.key}"
 
     def _begin(self, plan: Manifest) -> None:
         """Start a store."""
@@ -294,7 +281,5 @@ class StoreWriter:
         """Go on with the store that is there, if it is the one asked for."""
         self._request.refuse_difference(self.path, plan)
         self._request.refuse_other_rows(self.path, plan)
+        keep_fingerprint(self.path, self._request.source)
         self._plan = plan
-
-    def _text_columns(self, shard: int) -> pa.RecordBatch:
-        return open_shard(self.path, read_commit(self.path, "texts", shard, self.manifest)).batch
