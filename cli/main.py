@@ -28,9 +28,9 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def _precompute(settings: PrecomputeSettings) -> None:
-    from gistfast.stages.precompute import precompute
+    from gistfast.stages.precompute import precompute_part
 
-    precompute(**to_dict(settings))
+    precompute_part(**to_dict(settings))
 
 
 def _train(settings: TrainSettings) -> None:

@@ -16,6 +16,8 @@ from gistfast.settings import (
     column_names,
     comma_separated,
     layer_numbers,
+    part_of_shards,
+    refuse_bad_part,
     refuse_both,
     refuse_unknown_device,
     setting,
@@ -105,6 +107,18 @@ class PrecomputeSettings(Settings):
     )
     index: Literal["auto", "flat", "ivf", "none"] = setting("auto", "Kind of the FAISS index over the vectors.")
 
+    processes: int | None = setting(
+        None, "Processes that embed, threads or GPUs shared out among them; one for each GPU when left out.", at_least=1
+    )
+    shards: tuple[int, int] | None = setting(
+        None, "Part of the shards to embed in this run, 0/8 to 7/8 for eight runs on one store.", parse=part_of_shards
+    )
+    rows_only: bool = setting(False, "Read the rows and stop, for runs with --resume to embed.")
+    engine: Literal["local", "ray"] = setting("local", "Where processes run: on this machine, or on a Ray cluster.")
+    address: str | None = setting(
+        None, "Ray cluster to join, such as auto or HOST:PORT; one of this machine alone when left out."
+    )
+
     resume: bool = setting(False, "Go on with an unfinished store.")
     overwrite: bool = setting(False, "Replace an existing store once the new one is complete.")
     append: bool = setting(False, "Add the rows that an existing store does not have.")
@@ -121,12 +135,19 @@ class PrecomputeSettings(Settings):
     def check(self) -> None:
         """Refuse settings that contradict each other."""
         refuse_both(self, "resume", "overwrite", "append", "add_guide")
+        refuse_both(self, "shards", "rows_only")
+        if self.shards is not None:
+            refuse_bad_part(self.shards, self.shards)
         if not self.add_guide and (self.guide_weight != 1 or self.guide_score is not None):
             raise ConfigError("--guide-weight and --guide-score belong to a guide that is added: give --add-guide")
         refuse_unknown_device(self.device)
         refuse_options_of_other_guides(self, self.guide)
         if guide_kind(self.guide) == "server" and not self.guide_model:
             raise ConfigError(f"--guide-model is needed with --guide {self.guide}: what the server calls the model")
+        if self.address is not None and self.engine != "ray":
+            raise ConfigError(f"--address {self.address} is of a Ray cluster: add --engine ray, or leave it out")
+        if self.engine == "ray" and ":" in self.device:
+            raise ConfigError(f"--device {self.device}: Ray chooses the GPU of each process: give auto, cpu or cuda")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ GistfastError
 ├── ModelError       a guide or student cannot be loaded, or gives unusable vectors
 ├── ShapeError       tensors given to the loss do not fit together
 ├── VectorError      a vector is zero or not finite
-└── StoreError       a guide store is missing, unfinished, damaged, or made for something else
+├── StoreError       a guide store is missing, unfinished, damaged, or made for something else
+└── WorkerError      worker processes died, or a cluster cannot be reached
 """
 
 
@@ -41,6 +42,10 @@ class VectorError(GistfastError, ValueError):
 
 class StoreError(GistfastError):
     """A guide store is missing, unfinished, damaged, or made for something else."""
+
+
+class WorkerError(GistfastError):
+    """Worker processes died, or a cluster cannot be reached."""
 
 
 def first_line(error: BaseException) -> str:

@@ -145,6 +145,23 @@ def _mapping(text: str, flag: str, example: str) -> dict[str, str]:
     return {name.strip(): column.strip() for name, _, column in pairs}
 
 
+def part_of_shards(text: str) -> tuple[int, ...]:
+    """The numbers of `"0/8"`: the first of eight parts."""
+    part = tuple(int(number) for number in re.findall(r"\d+", text)) if re.fullmatch(r"\d+/\d+", text) else ()
+    refuse_bad_part(part, text)
+    return part
+
+
+def refuse_bad_part(part: tuple[int, ...], found: object) -> None:
+    """Refuse a part of the shards that is not two numbers, the first from 0 to below the second.
+
+    Raises:
+        ConfigError: Saying what was found.
+    """
+    if len(part) != 2 or not 0 <= part[0] < part[1]:
+        raise ConfigError(f"--shards must be a part like 0/8, the first of eight, to 7/8, the last; found {found!r}")
+
+
 def refuse_both(settings: Settings, *names: str) -> None:
     """Refuse switches that contradict each other.
 

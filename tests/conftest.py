@@ -156,7 +156,8 @@ def make_store(tmp_path: Path) -> Callable[..., Any]:
         **guide: Any,
     ) -> Any:
         from gistfast.dataset import read_rows
-        from gistfast.stages.precompute import embed_texts, write_rows
+        from gistfast.engines.shards import embed_shards
+        from gistfast.stages.precompute import write_rows
         from gistfast.store import GuideStore, StoreWriter
 
         columns = ["anchor", "positive", *(f"negative_{number}" for number in range(1, len(rows[0]) - 1))]
@@ -168,7 +169,7 @@ def make_store(tmp_path: Path) -> Callable[..., Any]:
         model, data = RandomGuide(**guide), read_rows(source)
         with StoreWriter.create(tmp_path / name, guide=model.info, source=data, holdout=holdout) as writer:
             write_rows(writer, data)
-            embed_texts(writer, model)
+            embed_shards(writer.vectors, model)
             return GuideStore.open(writer.publish())
 
     return make

@@ -61,6 +61,34 @@ def test_bad_value_is_refused_with_its_flag(name: str, value: object, message: s
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"shards": "8/8"}, "--shards must be a part like 0/8, the first of eight, to 7/8, the last; found '8/8'"),
+        ({"shards": "0-8"}, "--shards must be a part like 0/8, the first of eight, to 7/8, the last; found '0-8'"),
+        ({"shards": (3, 2)}, "--shards must be a part like 0/8, the first of eight, to 7/8, the last; found (3, 2)"),
+        ({"shards": "0/8", "rows_only": True}, "--shards and --rows-only contradict each other: give one of them"),
+        ({"processes": 0}, "--processes must be at least 1, found 0"),
+        ({"address": "auto"}, "--address auto is of a Ray cluster: add --engine ray, or leave it out"),
+        (
+            {"engine": "ray", "device": "cuda:1"},
+            "--device cuda:1: Ray chooses the GPU of each process: give auto, cpu or cuda",
+        ),
+    ],
+)
+def test_bad_choice_of_workers_is_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(PrecomputeSettings, {**PRECOMPUTE, **given})
+    assert str(caught.value) == message
+
+
+def test_part_of_the_shards_is_read_from_text() -> None:
+    settings = build(PrecomputeSettings, {**PRECOMPUTE, "shards": "3/8"})
+    assert settings.shards == (3, 8)
+    # As workers and records are given it.
+    assert build(PrecomputeSettings, json.loads(json.dumps(to_dict(settings)))) == settings
+
+
 def test_device_that_no_machine_has_is_refused() -> None:
     with pytest.raises(ConfigError, match="--device must be auto, cpu, cuda or cuda:N, found 'gpu'"):
         build(PrecomputeSettings, {**PRECOMPUTE, "device": "gpu"})

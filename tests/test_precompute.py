@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
+from gistfast.engines import shards
 from gistfast.errors import (
     ConfigError,
     DataError,
@@ -40,8 +42,9 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four texts or rows a shard, so that twelve rows make several."""
+    """Four texts or rows a shard, so that twelve rows make several, which are embedded from the first on."""
     monkeypatch.setattr("gistfast.store.ingest.ROWS_PER_SHARD", 4)
+    monkeypatch.setattr("gistfast.engines.shards.random.sample", lambda shards, count: list(shards))
 
 
 @pytest.fixture
@@ -257,14 +260,15 @@ def test_store_of_something_else_is_refused_by_its_field(
 
 
 def interrupt_at(shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = stage.run_shard
+    original = shards.embed_by_role
+    calls = iter(range(shard + 1))
 
-    def run_shard(writer: Any, guide: Any, number: int, on_batch: Any = None) -> None:
-        if number == shard:
+    def embed(*arguments: Any) -> Any:
+        if next(calls) == shard:
             raise KeyboardInterrupt
-        original(writer, guide, number, on_batch)
+        return original(*arguments)
 
-    monkeypatch.setattr(stage, "run_shard", run_shard)
+    monkeypatch.setattr(shards, "embed_by_role", embed)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -432,6 +436,7 @@ def run_command() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             pass
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_killed_command_resumes_without_repeating_shards(
     long_file: Path,
@@ -441,23 +446,27 @@ def test_killed_command_resumes_without_repeating_shards(
     run_command: Callable[..., subprocess.Popen[str]],
     number: signal.Signals,
     code: int,
+    processes: int,
 ) -> None:
-    process = run_command(long_file, "--guide", guide_folder, "--out", out)
-    while process.poll() is None and not [*out.glob("commits/vectors-*-00001.json")]:
+    process = run_command(long_file, "--guide", guide_folder, "--out", out, "--processes", processes)
+    while process.poll() is None and len(list((out / "commits").glob("vectors-*.json"))) < 2:
         time.sleep(0.002)
+    workers = psutil.Process(process.pid).children()
     process.send_signal(number)
     _, said = process.communicate()
     assert process.returncode == code, said
+    # No worker outlives the process that started it.
+    assert not psutil.wait_procs(workers, timeout=60)[1]
     if number == signal.SIGINT:
         assert said.splitlines()[-1] == "gistfast: stopped: the same command with --resume goes on from here"
-    done = len(list((out / "commits").glob("vectors-*.json")))
-    assert 2 <= done < NUM_LONG_SHARDS
-    with pytest.raises(StoreError, match=f"stage 1 has {done} of {NUM_LONG_SHARDS} shards"):
+    done = {int(path.stem[-5:]) for path in (out / "commits").glob("vectors-*.json")}
+    assert 2 <= len(done) < NUM_LONG_SHARDS
+    with pytest.raises(StoreError, match=f"stage 1 has {len(done)} of {NUM_LONG_SHARDS} shards"):
         GuideStore.open(out)
 
     store = precompute(long_file, guide=guide_folder, out=out, resume=True)
     texts = list(store.texts)
-    assert embedded == texts[8 * done :]
+    assert sorted(embedded) == sorted(text for entry, text in enumerate(texts) if entry // 8 not in done)
     assert store.verify() == []
     expected = SentenceTransformer(str(guide_folder), device="cpu").encode(texts)
     vectors = store.gather(torch.arange(store.num_texts)).float().numpy()

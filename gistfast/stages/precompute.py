@@ -4,25 +4,27 @@ Each step leaves on disk what it finished and skips what it finds there: a stopp
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gistfast.config import PrecomputeSettings
 from gistfast.dataset import RowSource, read_rows
-from gistfast.guide import Guide
+from gistfast.engines.choice import Engine, start_engine
+from gistfast.engines.shards import WHOLE, Part
+from gistfast.errors import StoreError
+from gistfast.guide_kinds import guide_kind
 from gistfast.index import build_index, import_faiss
 from gistfast.open_guide import open_guide
 from gistfast.progress import progress
 from gistfast.same_guide import check_same_guide
 from gistfast.scores import score_pairs
-from gistfast.server_guide import ServerGuide
 from gistfast.settings import build, to_dict
 from gistfast.store import GuideStore, StoreWriter
+from gistfast.store.plan import FolderLock, is_store
 from gistfast.store.request import Mode
+from gistfast.store.shards import COMMITS
+from gistfast.store.vectors import VectorShards
 
 logger = logging.getLogger(__name__)
 
@@ -46,36 +48,66 @@ def precompute(source: str | Path, *, guide: str | Path, out: str | Path, **opti
         ModelError: When the guide cannot be loaded.
         StoreError: When the store exists, was made otherwise than asked for, or cannot be written.
         VectorError: When the guide gives a vector that is zero or not finite.
+        WorkerError: When worker processes died, or a cluster cannot be reached.
+    """
+    store = precompute_part(source, guide=guide, out=out, **options)
+    if store is None:
+        raise StoreError(f"{out} is not finished: this run did its part; the store opens when the others have")
+    return store
+
+
+def precompute_part(source: str | Path, *, guide: str | Path, out: str | Path, **options: Any) -> GuideStore | None:
+    """As `precompute`, for one run of several: the store, or None while other runs have something left to do.
+
+    Raises:
+        As `precompute`.
     """
     settings = build(PrecomputeSettings, {**options, "source": source, "guide": guide, "out": out})
     if settings.index != "none":
         # Refused now rather than after hours of embedding.
         import_faiss()
     rows = _open_rows(settings)
-    model = open_guide(to_dict(settings))
-    with StoreWriter.create(
-        Path(settings.out),
-        guide=replace(model.info, dtype=settings.store_dtype),
-        source=rows,
-        holdout=settings.holdout,
-        mode=_mode(settings),
-        split_roles=settings.split_roles,
-        guide_weight=settings.guide_weight,
-        guide_score=settings.guide_score,
-    ) as writer:
-        if isinstance(model, ServerGuide):
+    with (
+        start_engine(to_dict(settings)) as engine,
+        StoreWriter.create(
+            Path(settings.out),
+            guide=engine.guide_info(),
+            source=rows,
+            holdout=settings.holdout,
+            mode=_mode(settings),
+            split_roles=settings.split_roles,
+            guide_weight=settings.guide_weight,
+            guide_score=settings.guide_score,
+        ) as writer,
+    ):
+        if guide_kind(settings.guide) == "server":
             # All else is told apart by what it is made of; a server shows nothing but vectors.
-            check_same_guide(writer.path, writer.guide, model)
+            check_same_guide(writer.path, writer.guide, engine.guide or open_guide(to_dict(settings)))
         if writer.needs_rows:
             write_rows(writer, rows)
-        embed_texts(writer, model)
+        if settings.rows_only:
+            logger.info("%s has its rows: the same command with --resume in place of --rows-only embeds them", out)
+            return None
+        embed_texts(writer.vectors, engine, Part(*settings.shards or WHOLE))
+        if left := len(writer.pending_shards()):
+            logger.info("%s: %d shards of vectors are left to other runs; the last completes the store", out, left)
+            return None
         if missing := writer.missing_vectors():
             return _unfinished(writer, missing)
-        score_pairs(writer.store())
-        build_index(writer.store(), settings.index)
-        store = GuideStore.open(writer.publish())
+        store = _complete(writer, settings)
     logger.info("%s: %d rows, %d texts, %d wide", store.path, store.num_rows, store.num_texts, store.width)
     return store
+
+
+def _complete(writer: StoreWriter, settings: PrecomputeSettings) -> GuideStore:
+    """The store with all that is made of its vectors; of several runs that come here at once, one makes it."""
+    with FolderLock(writer.path / COMMITS):
+        if not is_store(writer.path):
+            # Another run was first, and the store has taken the place that was meant for it.
+            return GuideStore.open(settings.out)
+        score_pairs(writer.store())
+        build_index(writer.store(), settings.index)
+        return GuideStore.open(writer.publish())
 
 
 def _open_rows(settings: PrecomputeSettings) -> RowSource:
@@ -123,34 +155,17 @@ def write_rows(writer: StoreWriter, rows: RowSource) -> None:
         logger.warning("%s: skipped %d bad rows", rows.description, rows.skipped)
 
 
-def embed_texts(writer: StoreWriter, guide: Guide) -> None:
-    """Embed every shard of texts that has no vectors yet."""
-    sizes = writer.manifest.plan.texts
-    pending = writer.pending_shards()
+def embed_texts(vectors: VectorShards, engine: Engine, part: Part = WHOLE) -> None:
+    """Let an engine embed every shard of a part that has no vectors yet."""
+    sizes, pending = vectors.sizes, vectors.pending()
     if len(pending) < len(sizes):
         logger.info("%d of %d shards of vectors are there already", len(sizes) - len(pending), len(sizes))
-    with progress("embedding texts", total=sum(sizes[shard] for shard in pending), unit="texts") as bar:
-        for shard in pending:
-            run_shard(writer, guide, shard, bar.advance)
-
-
-def run_shard(writer: StoreWriter, guide: Guide, shard: int, on_batch: Callable[[int], None] | None = None) -> None:
-    """Embed the texts of one shard and commit their vectors.
-
-    Any number of workers may run the same shard: the first to finish commits, the others change nothing.
-
-    Args:
-        writer: Of a store whose rows are complete.
-        guide: The guide that the store is made with.
-        shard: Number of the shard.
-        on_batch: Called with the number of texts of each batch that is done.
-
-    Raises:
-        VectorError: When a vector is zero or not finite; its text is named.
-    """
-    texts, roles = writer.texts_of(shard), np.array(writer.roles_of(shard))
-    vectors = np.empty((len(texts), guide.info.width), np.float32)
-    for role in ("query", "document"):
-        numbers = np.flatnonzero(roles == role)
-        vectors[numbers] = guide.embed([texts[number] for number in numbers], role, on_batch)
-    writer.write_vectors(shard, vectors)
+    mine = part.of_shards(pending)
+    if part != WHOLE:
+        logger.info("this run takes %d of the %d shards that are left", len(mine), len(pending))
+    if not mine:
+        return
+    with progress("embedding texts", total=sum(sizes[shard] for shard in mine), unit="texts") as bar:
+        engine.embed(vectors, part, bar)
+        # What other runs did meanwhile.
+        bar.advance(max((bar.total or 0) - bar.done, 0))
