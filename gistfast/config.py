@@ -170,8 +170,19 @@ class TrainSettings(Settings):
     contrast_positives: bool = setting(True, "Let positives meet other positives as candidates.")
     hard_only: bool = setting(False, "Also drop candidates that the student scores below the positive.")
     backend: Literal["auto", "reference", "chunked", "triton"] = setting("auto", "Implementation of the loss.")
-    cached: bool = setting(False, "Embed in mini-batches, so that memory no longer limits the batch.")
-    mini_batch_size: int = setting(32, "Rows of a mini-batch with --cached.", at_least=1)
+    tokens_per_forward: int | None = setting(
+        None, "Tokens of a forward pass, padding included; chosen for the device when left out.", at_least=1
+    )
+    cached: bool = setting(False, "Embed every text twice, so that memory no longer limits the batch.")
+    replay_tolerance: float = setting(
+        0.0,
+        "With --cached: embed only those texts twice that carry the gradient; relative length of what is left out.",
+        at_least=0,
+        below=1,
+    )
+    replay_unbiased: bool = setting(
+        False, "With --replay-tolerance: draw some of the texts that would be left out to stand for the others."
+    )
 
     epochs: float = setting(1.0, "Passes over the rows.", above=0)
     max_steps: int | None = setting(None, "Steps to take, in place of --epochs.", at_least=1)
@@ -225,6 +236,10 @@ class TrainSettings(Settings):
         refuse_both(self, "resume", "overwrite")
         if self.clusters and self.batching != "cluster":
             raise ConfigError(f"--clusters {self.clusters} does nothing with --batching {self.batching}: leave it out")
+        if self.replay_tolerance and not self.cached:
+            raise ConfigError("--replay-tolerance does nothing without --cached: give both")
+        if self.replay_unbiased and not self.replay_tolerance:
+            raise ConfigError("--replay-unbiased does nothing without --replay-tolerance: give one, such as 0.05")
         unknown = set(self.trackers or ()) - {"tensorboard", "wandb", "trackio"}
         if unknown:
             raise ConfigError(f"--trackers knows tensorboard, wandb and trackio, found {', '.join(sorted(unknown))}")

@@ -6,7 +6,7 @@ store's text ids of its columns: `store.to_dataset()` makes such a dataset.
 Shapes: B rows, C columns, D student width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -115,11 +115,35 @@ class GISTLoss(nn.Module):
         if self.gather_across_devices:
             columns, ids = self._gathered(columns, ids)
             row_offset = num_rows * get_rank()
-        anchor, positive, negative = _roles(columns)
         # The store is on the host: one copy of the ids, which waits for the device, serves both look-ups.
         on_host = ids.cpu()
-        guide_anchor, guide_positive, guide_negative = _roles(_by_column(self.store.gather(on_host), ids.device))
-        anchor_ids, positive_ids, negative_ids = _roles(_by_column(self._text_identity(on_host), ids.device))
+        guides = _by_column(self.store.gather(on_host), ids.device)
+        identities = _by_column(self.store.identity(on_host), ids.device)
+        return self.contrast(columns, guides, identities, row_offset=row_offset, num_rows=num_rows)
+
+    def contrast(
+        self,
+        columns: Sequence[Tensor],
+        guides: Sequence[Tensor],
+        identities: Sequence[Tensor],
+        *,
+        row_offset: int = 0,
+        num_rows: int | None = None,
+    ) -> Tensor:
+        """The mean loss of rows from all that it depends on, anchors first; sets `last_stats`.
+
+        Args:
+            columns: (B, D) student vectors of each column.
+            guides: (B, G) guide vectors of each column.
+            identities: (B,) text identities of each column.
+            row_offset: First row whose loss is taken; the others are candidates alone.
+            num_rows: How many rows' loss is taken; None for all from `row_offset` on.
+        """
+        anchor, positive, negative = _roles(columns)
+        guide_anchor, guide_positive, guide_negative = _roles(guides)
+        # Where the store's entries can be counted in int32: the kernel wants that.
+        dtype = torch.int32 if self.store.num_texts < 2**31 else torch.int64
+        anchor_ids, positive_ids, negative_ids = _roles([ids.to(dtype) for ids in identities])
         loss, stats = guided_contrastive_loss(
             anchor, positive, negative,
             guide_anchor=guide_anchor, guide_positive=guide_positive, guide_negative=guide_negative,
@@ -166,11 +190,6 @@ class GISTLoss(nn.Module):
                 "one store, so set dataloader_drop_last=True and train on one dataset, or leave it off"
             )
         return [all_gather_with_grad(column) for column in columns], all_gather(ids)
-
-    def _text_identity(self, ids: Tensor) -> Tensor:
-        """Which text each entry is, as int32 where the store's entries can be counted in it: the kernel wants those."""
-        identity = self.store.identity(ids)
-        return identity.int() if self.store.num_texts < 2**31 else identity
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""

@@ -1,6 +1,7 @@
 """What a trained student's card says about its guide, on top of what sentence-transformers writes."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,10 @@ from gistfast.config import TrainSettings, to_dict
 from gistfast.run_folder import FREE_SETTINGS
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
 
-    from gistfast.store import GuideInfo, Manifest
+    from gistfast.store import GuideInfo, GuideStore, Manifest
 
 _BLOCKS = {
     "ap": "anchor to positives",
@@ -22,6 +24,24 @@ _BLOCKS = {
     "an": "anchor to negatives",
 }
 _SECTION_BEFORE = "## Training Details"
+
+
+def card_rows(store: "GuideStore", numbers: "np.ndarray[Any, Any]") -> "Dataset":
+    """Rows of a store as a dataset that looks up texts and ids when it is asked for them: the card asks for a few.
+
+    Args:
+        store: The guide store.
+        numbers: (R,) numbers of the rows.
+    """
+    from datasets import Dataset
+
+    return Dataset.from_dict({"row": numbers}).with_transform(partial(_texts_of, store))
+
+
+def _texts_of(store: "GuideStore", batch: Mapping[str, list[int]]) -> dict[str, list[Any]]:
+    ids = store.rows[batch["row"]]
+    texts = {column: store.texts.take(ids[:, number]) for number, column in enumerate(store.columns)}
+    return {**texts, "label": ids.tolist()}
 
 
 def describe_data(model: SentenceTransformer, rows: "Dataset", name: str, *, evaluated: bool) -> None:

@@ -1,28 +1,39 @@
-"""Sentence-transformers' trainer, set up for a guide store."""
+"""Sentence-transformers' trainer on rows that are numbers: tokens, texts and guide vectors come from the store.
+
+A step embeds the set of distinct texts of its rows, puts the vectors back into columns and takes one loss. A text that
+comes twice in a batch is embedded once, with one draw of dropout.
+"""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
+import torch
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
 from gistfast.batches import StoreBatches
+from gistfast.collate import COUNTS, Batch, Rows, Split
 from gistfast.config import TrainSettings
-from gistfast.loss import CachedGISTLoss, GISTLoss
-from gistfast.modelcard import describe_data
+from gistfast.feed import feed, set_prompts
+from gistfast.loss import GISTLoss
+from gistfast.modelcard import card_rows, describe_data
+from gistfast.passes import Passes
 from gistfast.pretrained import pick_device
 from gistfast.retrieval import held_out_retrieval, retrieval_evaluator
 from gistfast.run_folder import RunFolder
+from gistfast.step import Replay, embed, replayed_loss
 from gistfast.store import GuideStore
 from gistfast.student import checkpoint_activations
-
-logger = logging.getLogger(__name__)
+from gistfast.student_input import InputForm, TextSet
 
 _LOSS_OPTIONS = (
     "temperature",
@@ -35,19 +46,82 @@ _LOSS_OPTIONS = (
 )
 
 
+logger = logging.getLogger(__name__)
+
+
 class GuidedTrainer(SentenceTransformerTrainer):
-    """The trainer, with the shares that the guide dropped in each record of the log ("dropped/ap", ...)."""
+    """The trainer on batches of `gistfast.collate.Collator`.
+
+    Each record of the log has the shares that the guide dropped ("dropped/ap", ...) and what a step embedded: tokens,
+    the same with padding, texts of all columns, and distinct texts among them; with a replay also the texts embedded
+    again and the relative length of the gradient that was left out.
+    """
+
+    def __init__(
+        self, *, rows: Mapping[Split, Rows], form: InputForm, replay: Replay | None = None, **options: Any
+    ) -> None:
+        """Take what is trained on, and the options of `SentenceTransformerTrainer`.
+
+        Args:
+            rows: Of the splits. `train_dataset` and `eval_dataset` are for the model card alone.
+            form: What the student takes.
+            replay: How much of the gradient goes back by embedding again; None to keep the graphs of all passes.
+            **options: `data_collator` is a `Collator`, `loss` a `GISTLoss`.
+        """
+        super().__init__(**options)
+        self.rows = rows
+        self.form = form
+        self.replay = replay
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The loader of the training rows."""
+        self.accelerator.even_batches = False
+        return self._loader(self.rows["train"], self.args.train_batch_size)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """The loader of the held-out rows, whatever the model card calls them."""
+        self.accelerator.even_batches = True
+        return self._loader(self.rows["held_out"], self.args.eval_batch_size)
+
+    def _loader(self, rows: Rows, batch_size: int) -> DataLoader[Any]:
+        sampler = self.get_batch_sampler(
+            rows, batch_size=batch_size, drop_last=self.args.dataloader_drop_last, seed=self.args.seed
+        )
+        loader = DataLoader(
+            rows,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return cast(DataLoader[Any], self.accelerator.prepare(loader))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
-        """The loss of a batch; its shares join the record that is logged next."""
-        outcome: Tensor | tuple[Tensor, dict[str, Any]] = super().compute_loss(
-            model, inputs, return_outputs, num_items_in_batch
-        )
-        dropped = cast(GISTLoss | CachedGISTLoss, self.loss).last_stats
-        self.track_loss_components({f"dropped/{block}": share for block, share in dropped.items()})
-        return outcome
+        """The loss of a batch; what the guide dropped and what was embedded join the record that is logged next."""
+        batch = cast(Batch, inputs)
+        texts, loss_of = TextSet(**batch["texts"]), partial(self._contrast, batch)
+        counts = dict(zip(COUNTS, batch["counts"], strict=True)) if self.model.training else {}
+        if self.replay is None or not torch.is_grad_enabled():
+            loss = loss_of(embed(model, self.form, texts))
+        else:
+            loss, replayed = replayed_loss(model, self.form, texts, loss_of, self.replay)
+            counts |= replayed
+        dropped = {f"dropped/{block}": share for block, share in self._loss_module.last_stats.items()}
+        self.track_loss_components(dropped | counts)
+        return (loss, {}) if return_outputs else loss
+
+    @property
+    def _loss_module(self) -> GISTLoss:
+        return cast(GISTLoss, self.loss)
+
+    def _contrast(self, batch: Batch, vectors: Tensor) -> Tensor:
+        """The loss from the vectors (N, D) of the distinct texts."""
+        places, identity = batch["places"].T, batch["identity"].T
+        # As an embedding, because the gradient of one adds up in the same order each time, on every device.
+        columns = functional.embedding(places, vectors)
+        return self._loss_module.contrast(columns.unbind(), batch["guide"][places].unbind(), identity.unbind())
 
 
 def make_trainer(
@@ -66,22 +140,37 @@ def make_trainer(
         run: The run's folder.
         trackers: Those that the trainer starts itself.
     """
-    prompts = _set_prompts(model, store.columns, settings.query_prompt, settings.document_prompt)
+    prompts = set_prompts(model, store.columns, settings.query_prompt, settings.document_prompt)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
-    rows = store.to_dataset("train")
-    describe_data(model, rows, store.manifest.data.description, evaluated=settings.eval_steps > 0)
+    rows: dict[Split, Rows] = {"train": Rows(store, "train")}
+    shown = card_rows(store, rows["train"].numbers)
+    describe_data(model, shown, store.manifest.data.description, evaluated=settings.eval_steps > 0)
     held_out, evaluator = None, None
     if settings.eval_steps:
-        held_out = store.to_dataset("held_out")
+        rows["held_out"] = Rows(store, "held_out")
+        held_out = card_rows(store, rows["held_out"].numbers)
         task = held_out_retrieval(store)
         evaluator = retrieval_evaluator(task, batch_size=settings.batch_size, name="held_out")
+    options: dict[str, Any] = {name: getattr(settings, name) for name in _LOSS_OPTIONS}
+    form, collator = feed(
+        model,
+        store,
+        prompts,
+        spare_folder=run.path,
+        tokens_per_forward=settings.tokens_per_forward,
+        on_cpu=pick_device(settings.device) == "cpu",
+    )
     trainer = GuidedTrainer(
         model=model,
         args=_arguments(settings, store, run, prompts, trackers),
-        train_dataset=rows,
+        rows=rows,
+        form=form,
+        replay=_replay(model, settings, collator.passes) if settings.cached else None,
+        data_collator=collator,
+        train_dataset=shown,
         eval_dataset=held_out,
-        loss=_loss(model, store, settings),
+        loss=GISTLoss(model, store, **options),
         evaluator=evaluator,
     )
     # It prints every record; the bar and the log file have them.
@@ -89,31 +178,10 @@ def make_trainer(
     return trainer
 
 
-def _set_prompts(
-    model: SentenceTransformer, columns: Sequence[str], query: str | None, document: str | None
-) -> dict[str, str]:
-    """The prompt of each column that has one; the model keeps them for encode_query and encode_document."""
-    own_query, own_document = _own_prompt(model, "query"), _own_prompt(model, "document", "passage", "corpus")
-    query = own_query if query is None else query
-    document = own_document if document is None else document
-    model.prompts.update(query=query, document=document)
-    if query or document:
-        logger.info("student's prompts: %r before anchors, %r before other texts", query, document)
-    prompts = {column: query if column == "anchor" else document for column in columns}
-    return {column: prompt for column, prompt in prompts.items() if prompt}
-
-
-def _own_prompt(model: SentenceTransformer, *names: str) -> str:
-    """The first prompt of these names, or the default one, that the model has."""
-    candidates = [name for name in (*names, model.default_prompt_name) if name is not None]
-    return next(filter(None, map(model.prompts.get, candidates)), "")
-
-
-def _loss(model: SentenceTransformer, store: GuideStore, settings: TrainSettings) -> GISTLoss | CachedGISTLoss:
-    options: dict[str, Any] = {name: getattr(settings, name) for name in _LOSS_OPTIONS}
-    if settings.cached:
-        return CachedGISTLoss(model, store, mini_batch_size=settings.mini_batch_size, **options)
-    return GISTLoss(model, store, **options)
+def _replay(model: SentenceTransformer, settings: TrainSettings, passes: Passes) -> Replay:
+    if settings.replay_tolerance and any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules()):
+        logger.info("replay tolerance: the texts embedded again draw their dropout anew; --dropout 0 for none")
+    return Replay(settings.replay_tolerance, settings.replay_unbiased, passes)
 
 
 def _arguments(
@@ -140,6 +208,7 @@ def _arguments(
         bf16=settings.bf16,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
+        accelerator_config={"non_blocking": not on_cpu},
         dataloader_num_workers=settings.workers,
         logging_steps=settings.logging_steps,
         logging_first_step=True,

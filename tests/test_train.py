@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gistfast.errors import ConfigError, DependencyError, GistfastError, ModelError, StoreError
@@ -159,6 +160,12 @@ def test_log_has_loss_and_dropped_shares_of_each_step(plain: TrainReport) -> Non
     assert plain.dropped["ap"] == pytest.approx(sum(record["dropped/ap"] for record in log) / len(log))
 
 
+def test_log_counts_what_a_step_embeds(plain: TrainReport) -> None:
+    for record in steps(plain.path):
+        assert 0 < record["tokens"] <= record["padded_tokens"]
+        assert 3 <= record["distinct_texts"] <= record["texts"] <= 2 * 3
+
+
 def test_card_states_guide_store_data_and_settings(
     run: Callable[..., TrainReport], store: GuideStore, tiny_student: Path
 ) -> None:
@@ -224,6 +231,8 @@ def test_seed_decides_everything(plain: TrainReport, run: Callable[..., TrainRep
         {"query_prompt": "search for a word: "},
         {"document_prompt": "a definition: "},
         {"bf16": True},
+        {"cached": True, "replay_tolerance": 0.5},
+        {"cached": True, "replay_tolerance": 0.5, "replay_unbiased": True},
     ],
     ids=lambda option: ",".join(option),
 )
@@ -236,7 +245,9 @@ def test_setting_changes_the_student(
 @pytest.mark.parametrize(
     "option",
     [
-        {"cached": True, "mini_batch_size": 2},
+        {"tokens_per_forward": 16},
+        {"cached": True, "tokens_per_forward": 16},
+        {"cached": True, "replay_tolerance": 1e-6},
         {"gradient_checkpointing": True},
         {"backend": "reference"},
     ],
@@ -249,6 +260,28 @@ def test_setting_changes_memory_but_not_the_losses(
     expected = torch.tensor([record["loss"] for record in steps(without_dropout.path)])
     found = torch.tensor([record["loss"] for record in steps(changed.path)])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_replay_is_logged(run: Callable[..., TrainReport]) -> None:
+    log = steps(run(cached=True, replay_tolerance=0.5).path)
+    assert all(1 <= record["replayed_texts"] <= record["distinct_texts"] for record in log)
+    assert any(record["replayed_texts"] < record["distinct_texts"] for record in log)
+    assert all(0 <= record["replay_left_out"] <= 0.5 for record in log)
+
+
+def test_student_of_static_embeddings_trains(
+    run: Callable[..., TrainReport], tiny_student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = SentenceTransformer(str(tiny_student), device="cpu").tokenizer
+    static = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu")
+    static.save(str(tmp_path / "static"))
+    with caplog.at_level(logging.INFO, "gistfast"):
+        path = run(student=tmp_path / "static", learning_rate=0.1, epochs=8.0).path
+    assert "takes texts without padding" in caplog.text
+    log = steps(path)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert all(record["padded_tokens"] == record["tokens"] for record in log)
+    assert SentenceTransformer(str(path), device="cpu").encode(["oak"]).shape == (1, 16)
 
 
 def test_loader_processes_change_nothing(plain: TrainReport, run: Callable[..., TrainReport]) -> None:
@@ -281,20 +314,31 @@ def test_student_is_cut_and_saved_as_a_valid_model(run: Callable[..., TrainRepor
 # Stopping and going on.
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {},
+        {"workers": 2},
+        {"cached": True},
+        {"cached": True, "replay_tolerance": 0.5, "replay_unbiased": True},
+    ],
+    ids=lambda option: ",".join(option),
+)
 def test_interrupted_run_resumes_to_the_weights_of_an_undisturbed_one(
-    run: Callable[..., TrainReport], tmp_path: Path
+    option: dict[str, Any], run: Callable[..., TrainReport], tmp_path: Path
 ) -> None:
-    undisturbed = run(out=tmp_path / "undisturbed", epochs=3.0)
+    run = partial(run, epochs=3.0, **option)
+    undisturbed = run(out=tmp_path / "undisturbed")
     # In the second of three epochs, with dropout, so that both orders of rows and draws must be restored.
     interrupted_at = undisturbed.steps // 2
     with (
         at_step(interrupted_at, lambda: signal.raise_signal(signal.SIGINT)),
         pytest.raises(KeyboardInterrupt, match=f"after step {interrupted_at}"),
     ):
-        run(epochs=3.0)
+        run()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert (tmp_path / "student" / "checkpoints" / f"checkpoint-{interrupted_at}").is_dir()
-    resumed = run(epochs=3.0, resume=True)
+    resumed = run(resume=True)
     assert same_weights(undisturbed.path, resumed.path)
     losses = [[(record["step"], record["loss"]) for record in steps(r.path)] for r in (undisturbed, resumed)]
     assert losses[0] == losses[1]
@@ -403,6 +447,8 @@ def test_run_killed_before_its_last_file_is_only_saved_again(
         ({"trackers": ("trackio",)}, DependencyError, "pip install trackio"),
         ({"trackers": ("mlflow",)}, ConfigError, "--trackers knows tensorboard, wandb and trackio"),
         ({"resume": True, "overwrite": True}, ConfigError, "contradict each other"),
+        ({"replay_tolerance": 0.1}, ConfigError, "--replay-tolerance does nothing without --cached"),
+        ({"cached": True, "replay_unbiased": True}, ConfigError, "--replay-unbiased does nothing without"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -1,0 +1,156 @@
+"""The vectors of a set of texts, and the way of the gradient back: with all graphs kept, or by embedding again.
+
+Kept: every forward pass keeps its graph, one loss is taken on all vectors, one backward pass goes through it all.
+
+Replayed (GradCache): the passes keep nothing, the loss and its gradient are taken on the vectors, and then each pass is
+made again with a graph to carry its part of the gradient to the weights: one pass is in memory at a time.
+
+When the softmax is sharp, few texts carry the gradient. A replay may leave out those that carry least. A text counts by
+the length of its gradient on the unit sphere, where the loss lives whatever the length of the student's vectors; the
+tolerance bounds the length of all that is left out, relative to that of the whole.
+
+Shapes: N texts, D student width.
+
+Source: GradCache, arXiv:2101.06983.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers.base.losses.gradcache import RandContext
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gistfast.passes import Passes
+from gistfast.student_input import InputForm, TextSet
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How much of the gradient is replayed.
+
+    Attributes:
+        tolerance: Relative length of what may be left out; 0 for nothing.
+        unbiased: Draw some of the texts that would be left out, and let each stand for more than itself, so that the
+            mean over the draws is the whole gradient.
+        passes: How the texts that are left are cut anew.
+    """
+
+    tolerance: float
+    unbiased: bool
+    passes: Passes
+
+
+@dataclass(frozen=True)
+class Carriers:
+    """The texts that carry the gradient back.
+
+    Attributes:
+        places: (n,) their places among the texts, ascending.
+        weights: (n,) what their gradients are multiplied by.
+        left_out: Length of the gradient that the tolerance leaves out, relative to that of the whole.
+    """
+
+    places: Array
+    weights: Array
+    left_out: float
+
+
+def embed(model: Any, form: InputForm, texts: TextSet) -> Tensor:
+    """The vectors (N, D) of the texts, in their order; every pass keeps its graph where gradients are on."""
+    parts = [model(form.features(texts, *forward))["sentence_embedding"] for forward in texts.forwards.tolist()]
+    return torch.cat(parts)
+
+
+def replayed_loss(
+    model: Any, form: InputForm, texts: TextSet, loss_of: Callable[[Tensor], Tensor], replay: Replay
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, whose backward pass embeds texts again, and what of them: "replayed_texts", "replay_left_out".
+
+    With a tolerance the texts are cut into other passes than before, where dropout draws anew; without one every pass
+    is repeated as it was.
+
+    Args:
+        model: The student.
+        form: What it takes.
+        texts: The texts.
+        loss_of: The loss of their vectors (N, D).
+        replay: How much of the gradient goes back.
+    """
+    states, parts = [], []
+    with torch.no_grad():
+        for forward in texts.forwards.tolist():
+            states.append(RandContext(texts.tokens))
+            parts.append(model(form.features(texts, *forward))["sentence_embedding"])
+    vectors = torch.cat(parts).requires_grad_()
+    loss = loss_of(vectors)
+    (gradient,) = torch.autograd.grad(loss, vectors)
+    left_out = 0.0
+    if replay.tolerance:
+        found = carriers(gradient, vectors.detach(), replay)
+        texts, states, left_out = part_of(texts, found.places, replay.passes), [], found.left_out
+        places, weights = (torch.from_numpy(array).to(gradient.device) for array in (found.places, found.weights))
+        gradient = gradient[places] * weights[:, None].to(gradient.dtype)
+    loss = loss.detach().requires_grad_()
+    hook = partial(_carry_back, model, form, texts, gradient, states)
+    loss.register_hook(hook)  # type: ignore[no-untyped-call]  # theirs is untyped
+    counts = {"replayed_texts": float(len(texts)), "replay_left_out": left_out}
+    return loss, {name: torch.tensor(count, device=loss.device) for name, count in counts.items()}
+
+
+def carriers(gradient: Tensor, vectors: Tensor, replay: Replay) -> Carriers:
+    """The texts to replay by their gradients (N, D) and vectors (N, D)."""
+    on_sphere = torch.linalg.vector_norm(gradient, dim=1) * torch.linalg.vector_norm(vectors, dim=1)
+    lengths: Array = on_sphere.double().cpu().numpy()
+    order = np.argsort(-lengths, kind="stable")
+    # What is left out when the first n texts are taken, squared.
+    rest = np.append(np.cumsum(lengths[order[::-1]] ** 2)[::-1], 0.0)
+    # At least one: no gradient at all would leave several processes waiting for each other.
+    count = max(int((rest > replay.tolerance**2 * rest[0]).sum()), 1)
+    left_out = float(np.sqrt(rest[count] / rest[0])) if rest[0] else 0.0
+    shortest = lengths[order[count - 1]]
+    if not (replay.unbiased and shortest):
+        places = np.sort(order[:count])
+        return Carriers(places, np.ones(count), left_out)
+    # A text is drawn in proportion to its length, and then counts as much as the shortest of those always taken.
+    chances = np.minimum(lengths / shortest, 1.0)
+    places = np.flatnonzero(torch.rand(len(chances), dtype=torch.float64).numpy() < chances)
+    return Carriers(places, 1 / chances[places], left_out)
+
+
+def part_of(texts: TextSet, places: Array, passes: Passes) -> TextSet:
+    """The texts at some places (n,), ascending, cut into passes of their own."""
+    index = torch.from_numpy(places).to(texts.starts.device)
+    firsts, ends, kinds = texts.forwards.T
+    sizes, kinds = texts.sizes[places], np.repeat(kinds, ends - firsts)[places]
+    return TextSet(texts.tokens, texts.starts[index], texts.lengths[index], sizes, passes.cut(sizes, kinds))
+
+
+def _carry_back(
+    model: Any, form: InputForm, texts: TextSet, gradient: Tensor, states: Sequence[RandContext], scale: Tensor
+) -> None:
+    """Embed each pass again and take its part of the gradient (N, D) to the weights.
+
+    Args:
+        model: The student.
+        form: What it takes.
+        texts: The texts.
+        gradient: On their vectors.
+        states: Of the random numbers before each pass; none to draw anew.
+        scale: Of the gradient, from what follows the loss.
+    """
+    passes = texts.forwards.tolist()
+    for number, (first, end, kind) in enumerate(passes):
+        # Processes exchange their gradients once, in the last pass.
+        waits = isinstance(model, DistributedDataParallel) and number < len(passes) - 1
+        with model.no_sync() if waits else nullcontext():
+            with torch.enable_grad(), states[number] if states else nullcontext():
+                vectors = model(form.features(texts, first, end, kind))["sentence_embedding"]
+            vectors.backward((gradient[first:end] * scale).to(vectors.dtype))
