@@ -82,6 +82,18 @@ def _bench_gather(context: typer.Context) -> None:
         raise typer.Exit(main(context.args))
 
 
+@bench.command("step", context_settings=_PASS_ON)
+def _bench_step(context: typer.Context) -> None:
+    """A training step beside sentence-transformers' trainers.
+
+    Options are those of the benchmark: `gistfast bench step -- --help` lists them.
+    """
+    from gistfast.step_bench import main
+
+    with errors_in_one_line():
+        raise typer.Exit(main(context.args))
+
+
 class ConsoleHandler(logging.Handler):
     """Writes log lines through the console of the bars, unwrapped."""
 

@@ -97,7 +97,7 @@ def test_missing_option_is_named() -> None:
     assert "--guide is needed" in result.output + result.stderr
 
 
-@pytest.mark.parametrize("arguments", ["", *COMMANDS, "bench", "bench loss", "bench gather"])
+@pytest.mark.parametrize("arguments", ["", *COMMANDS, "bench", "bench loss", "bench gather", "bench step"])
 def test_help_needs_no_heavy_import(arguments: str) -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'numpy', 'faiss', 'matplotlib'}"
     code = (
