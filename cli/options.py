@@ -77,7 +77,7 @@ def _parameter(item: "Field[Any]", hint: Any) -> inspect.Parameter:
     elif default is MISSING:
         # Asked for when the settings are built: a file may have it.
         annotation = hint | None
-    option = _argument(item) if item.metadata.get("positional") else _option(item, default)
+    option = _argument(item) if item.metadata.get("positional") else _option(item, hint, default)
     return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
 
 
@@ -85,10 +85,10 @@ def _argument(item: "Field[Any]") -> Any:
     return typer.Argument(None, metavar=item.name.upper(), help=item.metadata["help"], show_default=False)
 
 
-def _option(item: "Field[Any]", default: Any) -> Any:
+def _option(item: "Field[Any]", hint: Any, default: Any) -> Any:
     flag = flag_of(item)
-    # A switch that is on needs a way to turn it off; one that is off needs none.
-    names = f"{flag}/--no-{flag[2:]}" if default is True else flag
+    # A switch that is on, or neither on nor off, needs a way to turn it off; one that is off needs none.
+    names = f"{flag}/--no-{flag[2:]}" if default is True or hint == bool | None else flag
     limits = "".join(f", {words} {limit}" for words, limit in item.metadata["limits"].items())
     help = item.metadata["help"] + (f" [{limits[2:]}]" if limits else "")
     # Nothing, an empty text and a switch that is off need no word; 0 does.

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-def import_peft(name: str) -> ModuleType:
+def import_peft(why: str) -> ModuleType:
     """The package peft.
 
     Args:
-        name: Of the adapter, for the error.
+        why: Half a sentence that says what it is needed for.
 
     Raises:
         DependencyError: When it is not installed.
@@ -29,7 +29,7 @@ def import_peft(name: str) -> ModuleType:
         import peft
     except ImportError as error:
         raise DependencyError(
-            f"{name} is a LoRA adapter, and peft is not installed: install it with `pip install gistfast[lora]`"
+            f"{why}, and peft is not installed: install it with `pip install gistfast[lora]`"
         ) from error
     return peft
 
@@ -76,7 +76,7 @@ def merge_adapter(model: "SentenceTransformer", folder: ModelFolder) -> None:
     Raises:
         ModelError: When the adapter cannot be merged, or its weights do not belong to this base.
     """
-    peft: Any = import_peft(folder.name)
+    peft: Any = import_peft(f"{folder.name} is a LoRA adapter")
     encoder: Any = model.transformers_model
     path = folder.module_folders()[0]
     settings = peft.PeftConfig.from_pretrained(str(path))

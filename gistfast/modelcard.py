@@ -83,9 +83,7 @@ def guide_section(manifest: "Manifest", settings: TrainSettings, dropped: Mappin
     }
     facts |= {f"Dropped, {_BLOCKS[block]}": f"{share:.2%} of the candidates" for block, share in dropped.items()}
     settings_shown = _settings_that_matter(settings)
-    facts["Student"] = f"began as `{settings_shown['student']}`" + (
-        "" if settings.keep_layers is None else f", layers {', '.join(map(str, settings.keep_layers))}"
-    )
+    facts["Student"] = ", ".join([f"began as `{settings_shown['student']}`", *_shape(settings)])
     lines = [f"- **{name}:** {value}" for name, value in facts.items()]
     values = [f"- `{name}`: {value}" for name, value in settings_shown.items()]
     return "\n".join(
@@ -105,6 +103,21 @@ def guide_section(manifest: "Manifest", settings: TrainSettings, dropped: Mappin
             "",
         ]
     )
+
+
+def _shape(settings: TrainSettings) -> list[str]:
+    """What was made of the student before the first step, and what of it was not trained."""
+    facts = []
+    if settings.keep_layers is not None:
+        facts.append(f"layers {', '.join(map(str, settings.keep_layers))}")
+    if settings.dim is not None:
+        facts.append(f"with a head to {settings.dim} dimensions")
+    if settings.freeze:
+        facts.append(f"frozen: {', '.join(settings.freeze)}")
+    if settings.lora_rank is not None:
+        where = ", ".join(settings.lora_targets) or "all linear layers"
+        facts.append(f"trained by LoRA of rank {settings.lora_rank} on {where}, merged into the weights")
+    return facts
 
 
 def _guide_facts(guide: "GuideInfo", name: str) -> dict[str, str]:

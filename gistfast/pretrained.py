@@ -58,7 +58,7 @@ def load_sentence_transformer(
     from safetensors import SafetensorError
 
     if folder.base is not None:
-        import_peft(folder.name)
+        import_peft(f"{folder.name} is a LoRA adapter")
 
     if not folder.is_sentence_transformer and pooling is None:
         raise ModelError(

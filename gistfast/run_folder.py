@@ -6,6 +6,7 @@ OUT/
   tensorboard/        the same for TensorBoard
   checkpoints/        checkpoint-N: all that a run needs to go on after step N
   report.json         written last: the run is complete
+  adapter/            a LoRA run's adapter alone, as peft reads it; in the model files it is merged
   (model files)       SentenceTransformer(OUT) loads them
 """
 
@@ -45,6 +46,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the adapter alone."""
+        return self.path / "adapter"
 
     @property
     def metrics(self) -> Path:

@@ -138,6 +138,18 @@ def vector_places(text: str) -> dict[str, str]:
     return _mapping(text, "--vectors", "text=embedding or anchor=a.npy,positive=p.npy")
 
 
+def learning_rates(text: str) -> dict[str, float]:
+    """The mapping of `"embeddings=1e-6,head=1e-3"`; an expression may have an equals sign in it."""
+    pairs = [part.rpartition("=") for part in comma_separated(text)]
+    try:
+        rates = {name.strip(): float(rate) for name, _, rate in pairs}
+    except ValueError:
+        rates = {}
+    if not rates or "" in rates:
+        raise ConfigError(f"--learning-rates must look like embeddings=1e-6,head=1e-3, found {text!r}")
+    return rates
+
+
 def _mapping(text: str, flag: str, example: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in comma_separated(text)]
     if not pairs or not all(name and equals and column for name, equals, column in pairs):

@@ -1,19 +1,19 @@
-"""The model that is trained: loaded, cut to some of its layers, its dropout set."""
+"""The model that is trained: loaded, and given the shape that the run asks for."""
 
-import copy
-import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
 
-from gistfast.errors import ConfigError, ModelError, first_line
+from gistfast.errors import ConfigError, ModelError
+from gistfast.lora import Lora, add_lora
 from gistfast.model_folder import model_folder
 from gistfast.pretrained import Pooling, load_sentence_transformer, pick_device
-
-logger = logging.getLogger(__name__)
+from gistfast.student_layers import encoder_of, freeze_parts, keep_transformer_layers
+from gistfast.student_shape import add_head, set_normalize
 
 
 def load_student(
@@ -23,6 +23,11 @@ def load_student(
     pooling: Pooling | None = None,
     max_length: int | None = None,
     dropout: float | None = None,
+    width: int | None = None,
+    normalize: bool | None = None,
+    freeze: Sequence[str] = (),
+    lora: Lora | None = None,
+    seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
@@ -35,13 +40,19 @@ def load_student(
         pooling: How tokens become one vector; None for the model's own way.
         max_length: Tokens of a text that the student sees; None for its own limit.
         dropout: Probability of every dropout in the student; None for its own.
+        width: Of the vectors, through a head that is new; None for the model's own.
+        normalize: Whether its vectors have length 1; None for the model's own way.
+        freeze: "embeddings" and numbers of layers, of those that are kept, that are not trained.
+        lora: Adapter that is trained in place of the transformer's weights.
+        seed: Decides the first weights of a head and an adapter.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether code that comes with the model may run.
         device: "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
         ModelError: When the name leads to no model, or its layers cannot be cut.
-        ConfigError: When `keep_layers` names layers that are not there, or `device` is not there.
+        ConfigError: When layers are named that are not there, `width` is its own, or `device` is not there.
+        DependencyError: When `lora` is given and peft is not installed.
     """
     folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code)
     model = load_sentence_transformer(
@@ -60,90 +71,38 @@ def load_student(
         keep_transformer_layers(model, keep_layers)
     if dropout is not None:
         set_dropout(model, dropout)
+    if freeze:
+        freeze_parts(model, freeze)
+    if normalize is not None:
+        set_normalize(model, normalize)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if width is not None:
+            add_head(model, width)
+        if lora is not None:
+            add_lora(model, lora)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ConfigError(f"--freeze {','.join(freeze)} leaves nothing to train: freeze less")
     return model
 
 
-def keep_transformer_layers(model: SentenceTransformer, layers: Sequence[int]) -> None:
-    """Cut the model's transformer to some of its layers, in place.
-
-    The smaller transformer is built from its own configuration and takes over the weights, so what is in
-    memory is what a saved folder gives back, and whatever depends on a layer's number is right.
+def check_learning_rates(rates: Mapping[str, float], model: SentenceTransformer) -> None:
+    """Refuse a regular expression that finds none of the trained weights.
 
     Args:
-        model: Any model whose transformer keeps its layers in lists of `num_hidden_layers`.
-        layers: Numbers of the layers to keep, from 0 and ascending.
+        rates: Learning rate by expression.
+        model: The student.
 
     Raises:
-        ConfigError: When `layers` is empty, not ascending, or names a layer that is not there.
-        ModelError: When the model has no such lists, or its weights do not fit the smaller transformer.
+        ConfigError: With a name that could be found.
     """
-    encoder = _encoder_of(model)
-    num_layers: int = encoder.config.num_hidden_layers
-    ascending = list(layers) == sorted(set(layers))
-    if not layers or not ascending or layers[0] < 0 or layers[-1] >= num_layers:
-        raise ConfigError(
-            f"--keep-layers must be ascending numbers from 0 to {num_layers - 1}, the student's layers; "
-            f"found {','.join(map(str, layers))}"
-        )
-    smaller = type(encoder)(_smaller_config(encoder.config, layers))
-    try:
-        smaller.load_state_dict(_kept_weights(encoder, num_layers, layers))
-    except RuntimeError as error:
-        raise ModelError(
-            f"{type(encoder).__name__} does not work with layers {','.join(map(str, layers))} alone: "
-            f"{first_line(error)}: leave --keep-layers out or keep other layers"
-        ) from error
-    smaller.train(encoder.training)
-    nn.Module.to(smaller, device=encoder.device, dtype=encoder.dtype)
-    for module in model.modules():
-        if getattr(module, "model", None) is encoder:
-            module.model = smaller
-    logger.info("student: kept layers %s of %d", ",".join(map(str, layers)), num_layers)
-
-
-def _encoder_of(model: SentenceTransformer) -> PreTrainedModel:
-    encoder = model.transformers_model
-    if not isinstance(encoder, PreTrainedModel) or not hasattr(encoder.config, "num_hidden_layers"):
-        raise ModelError(f"the student has no transformer layers, its first module is {type(model[0]).__name__}")
-    return encoder
-
-
-def _smaller_config(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
-    """The configuration for the kept layers; lists with one item a layer, such as `layer_types`, are cut."""
-    smaller = copy.deepcopy(config)
-    for key, value in vars(config).items():
-        if "layer" in key and isinstance(value, list | tuple) and len(value) == config.num_hidden_layers:
-            setattr(smaller, key, [value[layer] for layer in layers])
-    smaller.num_hidden_layers = len(layers)
-    return smaller
-
-
-def _kept_weights(encoder: PreTrainedModel, num_layers: int, layers: Sequence[int]) -> dict[str, Tensor]:
-    """The state dict without the layers that go, the others renumbered from 0."""
-    lists = _layer_lists(encoder, num_layers)
-    new_number = {str(layer): str(number) for number, layer in enumerate(layers)}
-    kept = {}
-    for key, value in encoder.state_dict().items():
-        prefix = next((prefix for prefix in lists if key.startswith(prefix)), "")
-        number, dot, rest = key.removeprefix(prefix).partition(".")
-        if not prefix:
-            kept[key] = value
-        elif number in new_number:
-            kept[prefix + new_number[number] + dot + rest] = value
-    return kept
-
-
-def _layer_lists(encoder: PreTrainedModel, num_layers: int) -> list[str]:
-    """Prefixes of the outermost module lists that hold one item a layer, such as "encoder.layer."."""
-    lists = [
-        f"{name}."
-        for name, module in encoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    ]
-    outermost = [name for name in lists if not any(name != other and name.startswith(other) for other in lists)]
-    if not outermost:
-        raise ModelError(f"{type(encoder).__name__} keeps no list of its {num_layers} layers: leave --keep-layers out")
-    return outermost
+    # As the optimizer calls them, which sees the student as a part of the loss.
+    names = [f"model.{name}" for name, weight in model.named_parameters() if weight.requires_grad]
+    for pattern in rates:
+        if not any(re.search(pattern, name) for name in names):
+            raise ConfigError(
+                f"--learning-rates: {pattern!r} finds none of the weights that are trained, such as {names[0]}"
+            )
 
 
 def set_dropout(model: SentenceTransformer, probability: float) -> None:
@@ -166,7 +125,7 @@ def checkpoint_activations(model: SentenceTransformer) -> None:
     Raises:
         ModelError: When the model has no transformer, or one that cannot.
     """
-    encoder = _encoder_of(model)
+    encoder = encoder_of(model)
     if not encoder.supports_gradient_checkpointing:
         raise ModelError(f"{type(encoder).__name__} cannot recompute: leave --gradient-checkpointing out")
     # Transformers renamed it; the old name warns.

@@ -7,6 +7,7 @@ comes twice in a batch is embedded once, with one draw of dropout.
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,9 +22,11 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
 from gistfast.batches import StoreBatches
+from gistfast.checkpoint import load_trained, save_trained
 from gistfast.collate import COUNTS, Batch, Rows, Split
 from gistfast.config import TrainSettings
 from gistfast.feed import feed, set_prompts
+from gistfast.lora import has_lora, merged
 from gistfast.loss import GISTLoss
 from gistfast.modelcard import card_rows, describe_data
 from gistfast.passes import Passes
@@ -123,6 +126,20 @@ class GuidedTrainer(SentenceTransformerTrainer):
         columns = functional.embedding(places, vectors)
         return self._loss_module.contrast(columns.unbind(), batch["guide"][places].unbind(), identity.unbind())
 
+    def load_weights(self, checkpoint: Path) -> None:
+        """Take the weights of the student and of the loss over from a checkpoint, to the last bit."""
+        self._load_from_checkpoint(str(checkpoint))
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        if not has_lora(self.model):
+            super()._load_from_checkpoint(checkpoint_path)
+        load_trained(Path(checkpoint_path), self.model, self._loss_module)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with merged(self.model):
+            super()._save(output_dir, state_dict)
+        save_trained(Path(cast(str, output_dir or self.args.output_dir)), self.model, self._loss_module)
+
 
 def make_trainer(
     model: SentenceTransformer,
@@ -202,6 +219,7 @@ def _arguments(
         batch_sampler=StoreBatches(store, settings.batching, clusters=settings.clusters),
         prompts=prompts,
         learning_rate=settings.learning_rate,
+        learning_rate_mapping=dict(settings.learning_rates or {}),
         # Below 1 it is a share of the steps.
         warmup_steps=settings.warmup,
         seed=settings.seed,

@@ -31,6 +31,7 @@ class Small(Settings):
     kind: Literal["a", "b"] | None = setting(None, "A choice.")
     on: bool = setting(True, "A switch that is on.")
     off: bool = setting(False, "A switch that is off.")
+    either: bool | None = setting(None, "A switch that is neither.")
     names: tuple[str, ...] = setting(("x",), "Several names.", parse=comma_separated)
 
 
@@ -60,6 +61,13 @@ def test_left_out_options_take_the_defaults() -> None:
     seen: list[Small] = []
     invoke(seen.append, "here")
     assert seen == [Small(place="here")]
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--either", True), ("--no-either", False)])
+def test_switch_that_is_neither_can_be_turned_on_and_off(flag: str, value: bool) -> None:
+    seen: list[Small] = []
+    invoke(seen.append, "here", flag)
+    assert seen == [Small(place="here", either=value)]
 
 
 def test_bad_setting_is_one_line_and_exit_code_2() -> None:

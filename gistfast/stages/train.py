@@ -25,14 +25,14 @@ from gistfast.callbacks import (
 )
 from gistfast.config import TrainSettings, build
 from gistfast.errors import ConfigError, GistfastError
-from gistfast.model_folder import model_folder
+from gistfast.lora import Lora, has_lora, merged, save_adapter
 from gistfast.modelcard import add_section, guide_section
-from gistfast.pretrained import load_sentence_transformer, no_weight_bar
+from gistfast.pretrained import no_weight_bar
 from gistfast.retrieval import MEASURES
 from gistfast.run_folder import RunFolder, run_record, step_of
 from gistfast.store import GuideStore
 from gistfast.store.files import write_json
-from gistfast.student import load_student
+from gistfast.student import check_learning_rates, load_student
 from gistfast.trainer import make_trainer
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ def train(store: str | Path, *, student: str | Path, out: str | Path, **options:
         return TrainReport(**finished | {"path": run.path})
     trackers = choose_trackers(settings.trackers)
     model = _load(settings)
+    check_learning_rates(settings.learning_rates or {}, model)
     run.begin(record, overwrite=settings.overwrite)
     with _one_line_when_full(run.path):
         history = _fit(model, guide_store, settings, run, trackers)
@@ -125,10 +126,21 @@ def _load(settings: TrainSettings) -> SentenceTransformer:
         pooling=settings.pooling,
         max_length=settings.max_length,
         dropout=settings.dropout,
+        width=settings.dim,
+        normalize=settings.normalize,
+        freeze=settings.freeze,
+        lora=_lora(settings),
+        seed=settings.seed,
         revision=settings.student_revision,
         trust_remote_code=settings.trust_remote_code,
         device=settings.device,
     )
+
+
+def _lora(settings: TrainSettings) -> Lora | None:
+    if settings.lora_rank is None:
+        return None
+    return Lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
 
 
 def _fit(
@@ -148,8 +160,8 @@ def _fit(
     # TensorBoard gets a folder of ours and the step of the checkpoint; the trainer starts the others itself.
     trainer = make_trainer(model, store, settings, run, [name for name in trackers if name != "tensorboard"])
     if checkpoint is not None and (past := _past_its_end(checkpoint)) is not None:
-        trained = load_sentence_transformer(model_folder(str(checkpoint)), trust_remote_code=settings.trust_remote_code)
-        model.load_state_dict(trained.state_dict())
+        with no_weight_bar():
+            trainer.load_weights(checkpoint)
         return past.log_history
     if "tensorboard" in trackers:
         trainer.add_callback(tensorboard_callback(run.tensorboard, step_of(checkpoint)))
@@ -214,8 +226,10 @@ def _save(
     report: TrainReport,
 ) -> None:
     """Save the student, its card, and last of all the report, which says that the run is complete."""
-    with no_weight_bar():
+    with no_weight_bar(), merged(model):
         model.save_pretrained(str(run.path))
+    if has_lora(model) and settings.keep_layers is None:
+        save_adapter(model, run.adapter, settings.student)
     add_section(run.path / "README.md", guide_section(store.manifest, settings, report.dropped))
     write_json(run.report_path, asdict(report) | {"path": str(report.path)})
     logger.info("saved the student to %s: loss %.4f after %d steps", run.path, report.loss, report.steps)

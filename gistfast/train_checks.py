@@ -1,0 +1,32 @@
+"""Which settings of a training run do nothing beside others."""
+
+import re
+from typing import TYPE_CHECKING
+
+from gistfast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gistfast.config import TrainSettings
+
+
+def refuse_useless_options(settings: "TrainSettings") -> None:
+    """Refuse options that do nothing without another one, or that another one takes the sense from.
+
+    Raises:
+        ConfigError: Naming both.
+    """
+    if settings.lora_rank is None and (settings.lora_alpha or settings.lora_dropout or settings.lora_targets):
+        raise ConfigError("--lora-alpha, --lora-dropout and --lora-targets do nothing without --lora-rank: give a rank")
+    if settings.lora_rank is not None and settings.freeze:
+        raise ConfigError("--lora-rank freezes all of the student's transformer: leave --freeze out")
+    for pattern, rate in (settings.learning_rates or {}).items():
+        _check_learning_rate(pattern, rate)
+
+
+def _check_learning_rate(pattern: str, rate: float) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"--learning-rates: {pattern!r} is no regular expression: {error}") from None
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate >= 0:
+        raise ConfigError(f"--learning-rates: {pattern} must have a rate of at least 0, found {rate!r}")
