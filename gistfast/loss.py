@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gistfast.errors import ConfigError, ShapeError
 from gistfast.functional import Backend, MarginStrategy, guided_contrastive_loss
 from gistfast.loss_inputs import check_options
+from gistfast.schedules import LearnedTemperature
 from gistfast.store import GuideStore
 
 
@@ -48,7 +49,7 @@ class GISTLoss(nn.Module):
         model: SentenceTransformer,
         store: GuideStore,
         *,
-        temperature: float = 0.01,
+        temperature: float | LearnedTemperature = 0.01,
         margin: float = 0.0,
         margin_strategy: MarginStrategy = "absolute",
         contrast_anchors: bool = True,
@@ -62,7 +63,7 @@ class GISTLoss(nn.Module):
         Args:
             model: The student.
             store: Guide vectors of every text that the dataset holds.
-            temperature: Divides student scores; above 0.
+            temperature: Divides student scores; above 0. A `LearnedTemperature` is trained with the student.
             margin: How far below the positive's guide score a candidate is dropped already.
             margin_strategy: "absolute" or "relative".
             contrast_anchors: Whether anchors are contrasted with each other.
@@ -77,6 +78,8 @@ class GISTLoss(nn.Module):
             ConfigError: When an option is out of its range.
         """
         super().__init__()
+        self.learned_temperature = temperature if isinstance(temperature, LearnedTemperature) else None
+        temperature = temperature().item() if isinstance(temperature, LearnedTemperature) else temperature
         check_options(temperature, margin, margin_strategy)
         self.model = model
         self.store = store
@@ -144,12 +147,15 @@ class GISTLoss(nn.Module):
         # Where the store's entries can be counted in int32: the kernel wants that.
         dtype = torch.int32 if self.store.num_texts < 2**31 else torch.int64
         anchor_ids, positive_ids, negative_ids = _roles([ids.to(dtype) for ids in identities])
+        options = self.options
+        if self.learned_temperature is not None:
+            options = {**options, "temperature": self.learned_temperature()}
         loss, stats = guided_contrastive_loss(
             anchor, positive, negative,
             guide_anchor=guide_anchor, guide_positive=guide_positive, guide_negative=guide_negative,
             guide_widths=self.store.guide_widths, guide_score=self.store.guide_score,
             anchor_ids=anchor_ids, positive_ids=positive_ids, negative_ids=negative_ids,
-            row_offset=row_offset, num_rows=num_rows, return_stats=True, **self.options,
+            row_offset=row_offset, num_rows=num_rows, return_stats=True, **options,
         )  # fmt: skip
         self.last_stats = stats.dropped
         return loss

@@ -70,7 +70,12 @@ def embed(model: Any, form: InputForm, texts: TextSet) -> Tensor:
 
 
 def replayed_loss(
-    model: Any, form: InputForm, texts: TextSet, loss_of: Callable[[Tensor], Tensor], replay: Replay
+    model: Any,
+    form: InputForm,
+    texts: TextSet,
+    loss_of: Callable[[Tensor], Tensor],
+    replay: Replay,
+    own_weights: Sequence[Tensor] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, whose backward pass embeds texts again, and what of them: "replayed_texts", "replay_left_out".
 
@@ -83,6 +88,7 @@ def replayed_loss(
         texts: The texts.
         loss_of: The loss of their vectors (N, D).
         replay: How much of the gradient goes back.
+        own_weights: What the loss is differentiated for beside the vectors.
     """
     states, parts = [], []
     with torch.no_grad():
@@ -91,7 +97,7 @@ def replayed_loss(
             parts.append(model(form.features(texts, *forward))["sentence_embedding"])
     vectors = torch.cat(parts).requires_grad_()
     loss = loss_of(vectors)
-    (gradient,) = torch.autograd.grad(loss, vectors)
+    gradient, *own_gradients = torch.autograd.grad(loss, [vectors, *own_weights])
     left_out = 0.0
     if replay.tolerance:
         found = carriers(gradient, vectors.detach(), replay)
@@ -101,6 +107,9 @@ def replayed_loss(
     loss = loss.detach().requires_grad_()
     hook = partial(_carry_back, model, form, texts, gradient, states)
     loss.register_hook(hook)  # type: ignore[no-untyped-call]  # theirs is untyped
+    for weight, own_gradient in zip(own_weights, own_gradients, strict=True):
+        # Adds nothing to the loss, and to the weight its gradient.
+        loss = loss + ((weight - weight.detach()) * own_gradient).sum()
     counts = {"replayed_texts": float(len(texts)), "replay_left_out": left_out}
     return loss, {name: torch.tensor(count, device=loss.device) for name, count in counts.items()}
 

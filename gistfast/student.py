@@ -86,18 +86,20 @@ def load_student(
     return model
 
 
-def check_learning_rates(rates: Mapping[str, float], model: SentenceTransformer) -> None:
+def check_learning_rates(rates: Mapping[str, float], model: SentenceTransformer, more: Sequence[str] = ()) -> None:
     """Refuse a regular expression that finds none of the trained weights.
 
     Args:
         rates: Learning rate by expression.
         model: The student.
+        more: Names of the loss's own weights.
 
     Raises:
         ConfigError: With a name that could be found.
     """
     # As the optimizer calls them, which sees the student as a part of the loss.
     names = [f"model.{name}" for name, weight in model.named_parameters() if weight.requires_grad]
+    names += more
     for pattern in rates:
         if not any(re.search(pattern, name) for name in names):
             raise ConfigError(

@@ -4,6 +4,7 @@ import re
 from typing import TYPE_CHECKING
 
 from gistfast.errors import ConfigError
+from gistfast.settings import refuse_both
 
 if TYPE_CHECKING:
     from gistfast.config import TrainSettings
@@ -19,6 +20,17 @@ def refuse_useless_options(settings: "TrainSettings") -> None:
         raise ConfigError("--lora-alpha, --lora-dropout and --lora-targets do nothing without --lora-rank: give a rank")
     if settings.lora_rank is not None and settings.freeze:
         raise ConfigError("--lora-rank freezes all of the student's transformer: leave --freeze out")
+    refuse_both(settings, "temperature_decay", "learn_temperature")
+    if settings.min_temperature is not None:
+        if settings.temperature_decay is None and not settings.learn_temperature:
+            raise ConfigError(
+                "--min-temperature does nothing without --temperature-decay or --learn-temperature: leave it out"
+            )
+        if settings.min_temperature > settings.temperature:
+            raise ConfigError(
+                f"--min-temperature {settings.min_temperature} is above --temperature {settings.temperature}, where "
+                "the run begins: give less"
+            )
     for pattern, rate in (settings.learning_rates or {}).items():
         _check_learning_rate(pattern, rate)
 

@@ -29,7 +29,19 @@ class TrainSettings(Settings):
     out: str = setting(MISSING, "Folder of the trained student.")
 
     temperature: float = setting(0.01, "Divides student scores.", above=0)
+    temperature_decay: float | None = setting(
+        None, "Temperature is this to the power of the steps taken, but at most --temperature.", above=0, below=1
+    )
+    learn_temperature: bool = setting(
+        False, "Train the temperature, too; --learning-rates temperature=1e-3 gives it a rate of its own."
+    )
+    min_temperature: float | None = setting(
+        None, "Lowest temperature of the two settings before; 0.001 when left out.", above=0
+    )
     margin: float = setting(0.0, "Moves the guide's threshold below the positive's score.", at_least=-2, at_most=2)
+    margin_end: float | None = setting(
+        None, "Margin of the last step; it moves there from --margin in equal steps.", at_least=-2, at_most=2
+    )
     margin_strategy: Literal["absolute", "relative"] = setting(
         "absolute", "Whether the margin is a score or a share of the positive's score."
     )

@@ -33,6 +33,7 @@ from gistfast.passes import Passes
 from gistfast.pretrained import pick_device
 from gistfast.retrieval import held_out_retrieval, retrieval_evaluator
 from gistfast.run_folder import RunFolder
+from gistfast.schedules import LOWEST_TEMPERATURE, LearnedTemperature, Schedule, ScheduledLoss
 from gistfast.step import Replay, embed, replayed_loss
 from gistfast.store import GuideStore
 from gistfast.student import checkpoint_activations
@@ -57,17 +58,24 @@ class GuidedTrainer(SentenceTransformerTrainer):
 
     Each record of the log has the shares that the guide dropped ("dropped/ap", ...) and what a step embedded: tokens,
     the same with padding, texts of all columns, and distinct texts among them; with a replay also the texts embedded
-    again and the relative length of the gradient that was left out.
+    again and the relative length of the gradient that was left out. Temperature and margin are there where they change.
     """
 
     def __init__(
-        self, *, rows: Mapping[Split, Rows], form: InputForm, replay: Replay | None = None, **options: Any
+        self,
+        *,
+        rows: Mapping[Split, Rows],
+        form: InputForm,
+        schedule: Schedule,
+        replay: Replay | None = None,
+        **options: Any,
     ) -> None:
         """Take what is trained on, and the options of `SentenceTransformerTrainer`.
 
         Args:
             rows: Of the splits. `train_dataset` and `eval_dataset` are for the model card alone.
             form: What the student takes.
+            schedule: Temperature and margin of each step.
             replay: How much of the gradient goes back by embedding again; None to keep the graphs of all passes.
             **options: `data_collator` is a `Collator`, `loss` a `GISTLoss`.
         """
@@ -75,6 +83,8 @@ class GuidedTrainer(SentenceTransformerTrainer):
         self.rows = rows
         self.form = form
         self.replay = replay
+        self.scheduled = ScheduledLoss(self._loss_module, schedule)
+        self.add_callback(self.scheduled)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The loader of the training rows."""
@@ -109,7 +119,9 @@ class GuidedTrainer(SentenceTransformerTrainer):
         if self.replay is None or not torch.is_grad_enabled():
             loss = loss_of(embed(model, self.form, texts))
         else:
-            loss, replayed = replayed_loss(model, self.form, texts, loss_of, self.replay)
+            learned = self._loss_module.learned_temperature
+            own_weights = [] if learned is None else [learned.log]
+            loss, replayed = replayed_loss(model, self.form, texts, loss_of, self.replay, own_weights)
             counts |= replayed
         dropped = {f"dropped/{block}": share for block, share in self._loss_module.last_stats.items()}
         self.track_loss_components(dropped | counts)
@@ -125,6 +137,10 @@ class GuidedTrainer(SentenceTransformerTrainer):
         # As an embedding, because the gradient of one adds up in the same order each time, on every device.
         columns = functional.embedding(places, vectors)
         return self._loss_module.contrast(columns.unbind(), batch["guide"][places].unbind(), identity.unbind())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a record, that of a step with the options of the loss that change."""
+        super().log({**logs, **self.scheduled.options()} if "loss" in logs else logs, start_time)
 
     def load_weights(self, checkpoint: Path) -> None:
         """Take the weights of the student and of the loss over from a checkpoint, to the last bit."""
@@ -170,6 +186,8 @@ def make_trainer(
         task = held_out_retrieval(store)
         evaluator = retrieval_evaluator(task, batch_size=settings.batch_size, name="held_out")
     options: dict[str, Any] = {name: getattr(settings, name) for name in _LOSS_OPTIONS}
+    if settings.learn_temperature:
+        options["temperature"] = LearnedTemperature(settings.temperature, _lowest_temperature(settings))
     form, collator = feed(
         model,
         store,
@@ -189,6 +207,7 @@ def make_trainer(
         eval_dataset=held_out,
         loss=GISTLoss(model, store, **options),
         evaluator=evaluator,
+        schedule=_schedule(settings),
     )
     # It prints every record; the bar and the log file have them.
     trainer.remove_callback(PrinterCallback)
@@ -199,6 +218,20 @@ def _replay(model: SentenceTransformer, settings: TrainSettings, passes: Passes)
     if settings.replay_tolerance and any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules()):
         logger.info("replay tolerance: the texts embedded again draw their dropout anew; --dropout 0 for none")
     return Replay(settings.replay_tolerance, settings.replay_unbiased, passes)
+
+
+def _schedule(settings: TrainSettings) -> Schedule:
+    return Schedule(
+        temperature=settings.temperature,
+        lowest=_lowest_temperature(settings),
+        decay=settings.temperature_decay,
+        margin=settings.margin,
+        margin_end=settings.margin_end,
+    )
+
+
+def _lowest_temperature(settings: TrainSettings) -> float:
+    return LOWEST_TEMPERATURE if settings.min_temperature is None else settings.min_temperature
 
 
 def _arguments(

@@ -50,6 +50,8 @@ class TrainReport:
         dropped: Share of the candidates dropped in each block ("ap", "aa", "pp", "an"), mean over the log.
         elapsed_s: Seconds of this call.
         evaluation: Loss, nDCG@10, MRR@10 and recall of the last evaluation on the held-out rows, if any.
+        temperature: In the last step, where it changed during the run.
+        margin: As `temperature`.
     """
 
     path: Path
@@ -59,6 +61,8 @@ class TrainReport:
     dropped: dict[str, float]
     elapsed_s: float
     evaluation: dict[str, float]
+    temperature: float | None = None
+    margin: float | None = None
 
 
 def train(store: str | Path, *, student: str | Path, out: str | Path, **options: Any) -> TrainReport:
@@ -95,7 +99,8 @@ def train(store: str | Path, *, student: str | Path, out: str | Path, **options:
         return TrainReport(**finished | {"path": run.path})
     trackers = choose_trackers(settings.trackers)
     model = _load(settings)
-    check_learning_rates(settings.learning_rates or {}, model)
+    own_weights = ["learned_temperature.log"] if settings.learn_temperature else []
+    check_learning_rates(settings.learning_rates or {}, model, own_weights)
     run.begin(record, overwrite=settings.overwrite)
     with _one_line_when_full(run.path):
         history = _fit(model, guide_store, settings, run, trackers)
@@ -206,6 +211,8 @@ def _report(run: RunFolder, history: Sequence[Mapping[str, Any]], num_rows: int,
         steps=history[-1]["step"],
         rows=num_rows,
         loss=steps[-1]["loss"],
+        temperature=steps[-1].get("temperature"),
+        margin=steps[-1].get("margin"),
         dropped=dropped,
         elapsed_s=elapsed_s,
         evaluation=_scores(evaluations[-1]) if evaluations else {},
