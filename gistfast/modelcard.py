@@ -61,13 +61,16 @@ def describe_data(model: SentenceTransformer, rows: "Dataset", name: str, *, eva
     card.usage_examples = [first["anchor"][0], *first["positive"]]
 
 
-def guide_section(manifest: "Manifest", settings: TrainSettings, dropped: Mapping[str, float]) -> str:
+def guide_section(
+    manifest: "Manifest", settings: TrainSettings, dropped: Mapping[str, float], best_step: int | None = None
+) -> str:
     """The section of the card, in Markdown.
 
     Args:
         manifest: Of the guide store.
         settings: Of the run.
         dropped: Mean share of the candidates dropped in each block.
+        best_step: The step whose student was kept, None for the last.
     """
     data = manifest.data
     facts: dict[str, str] = {}
@@ -84,6 +87,8 @@ def guide_section(manifest: "Manifest", settings: TrainSettings, dropped: Mappin
     facts |= {f"Dropped, {_BLOCKS[block]}": f"{share:.2%} of the candidates" for block, share in dropped.items()}
     settings_shown = _settings_that_matter(settings)
     facts["Student"] = ", ".join([f"began as `{settings_shown['student']}`", *_shape(settings)])
+    if best_step is not None:
+        facts["Student"] += f"; kept after step {best_step}, whose nDCG@10 was the highest"
     lines = [f"- **{name}:** {value}" for name, value in facts.items()]
     values = [f"- `{name}`: {value}" for name, value in settings_shown.items()]
     return "\n".join(

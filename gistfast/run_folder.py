@@ -103,6 +103,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.record_path, record)
 
+    def checkpoint_of(self, step: int) -> Path:
+        """Where the checkpoint after a step lies."""
+        return self.checkpoints / f"checkpoint-{step}"
+
     def last_checkpoint(self) -> Path | None:
         """The latest complete checkpoint; a half-written one, left by a kill, is passed over."""
         # The trainer writes its state last.

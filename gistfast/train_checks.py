@@ -20,6 +20,10 @@ def refuse_useless_options(settings: "TrainSettings") -> None:
         raise ConfigError("--lora-alpha, --lora-dropout and --lora-targets do nothing without --lora-rank: give a rank")
     if settings.lora_rank is not None and settings.freeze:
         raise ConfigError("--lora-rank freezes all of the student's transformer: leave --freeze out")
+    if settings.keep_best and not settings.eval_steps:
+        raise ConfigError("--keep-best needs evaluations to compare: give --eval-steps")
+    if settings.patience is not None and not settings.keep_best:
+        raise ConfigError("--patience does nothing without --keep-best: give both")
     refuse_both(settings, "temperature_decay", "learn_temperature")
     if settings.min_temperature is not None:
         if settings.temperature_decay is None and not settings.learn_temperature:

@@ -5,6 +5,7 @@ comes twice in a batch is embedded once, with one draw of dropout.
 """
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
 from gistfast.batches import StoreBatches
+from gistfast.best import KeepBest, score_name
 from gistfast.checkpoint import load_trained, save_trained
 from gistfast.collate import COUNTS, Batch, Rows, Split
 from gistfast.config import TrainSettings
@@ -38,6 +40,8 @@ from gistfast.step import Replay, embed, replayed_loss
 from gistfast.store import GuideStore
 from gistfast.student import checkpoint_activations
 from gistfast.student_input import InputForm, TextSet
+
+_EVALUATOR = "held_out"
 
 _LOSS_OPTIONS = (
     "temperature",
@@ -184,7 +188,7 @@ def make_trainer(
         rows["held_out"] = Rows(store, "held_out")
         held_out = card_rows(store, rows["held_out"].numbers)
         task = held_out_retrieval(store)
-        evaluator = retrieval_evaluator(task, batch_size=settings.batch_size, name="held_out")
+        evaluator = retrieval_evaluator(task, batch_size=settings.batch_size, name=_EVALUATOR)
     options: dict[str, Any] = {name: getattr(settings, name) for name in _LOSS_OPTIONS}
     if settings.learn_temperature:
         options["temperature"] = LearnedTemperature(settings.temperature, _lowest_temperature(settings))
@@ -198,7 +202,7 @@ def make_trainer(
     )
     trainer = GuidedTrainer(
         model=model,
-        args=_arguments(settings, store, run, prompts, trackers),
+        args=_arguments(settings, store, run, prompts, trackers, score_name(model, _EVALUATOR)),
         rows=rows,
         form=form,
         replay=_replay(model, settings, collator.passes) if settings.cached else None,
@@ -211,6 +215,8 @@ def make_trainer(
     )
     # It prints every record; the bar and the log file have them.
     trainer.remove_callback(PrinterCallback)
+    if settings.keep_best:
+        trainer.add_callback(KeepBest(settings.patience))
     return trainer
 
 
@@ -240,6 +246,7 @@ def _arguments(
     run: RunFolder,
     prompts: dict[str, str],
     trackers: Sequence[str],
+    score: str,
 ) -> SentenceTransformerTrainingArguments:
     on_cpu = pick_device(settings.device) == "cpu"
     return SentenceTransformerTrainingArguments(
@@ -269,9 +276,10 @@ def _arguments(
         eval_steps=settings.eval_steps or None,
         # The beginning of a resumed run was evaluated already.
         eval_on_start=bool(settings.eval_steps) and run.last_checkpoint() is None,
-        save_strategy="steps" if settings.save_steps else "no",
-        # Unused, but not admitted to be 0, where nothing is saved.
-        save_steps=settings.save_steps or 1,
+        # The best checkpoint is looked after only where checkpoints are saved every so many steps.
+        save_strategy="steps" if settings.save_steps or settings.keep_best else "no",
+        save_steps=settings.save_steps or sys.maxsize,
+        metric_for_best_model=score if settings.keep_best else None,
         save_total_limit=settings.save_total_limit,
         report_to=list(trackers) or "none",
         disable_tqdm=True,

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from gistfast.stages.train import TrainReport, train
 from gistfast.trainer import GuidedTrainer
 
-ROWS = [
-    (f"{word} {number}", f"what {word} means") for word in ("oak", "river", "bread", "violin") for number in range(4)
-]
+# Two anchors share a positive.
+WORDS = ("oak", "river", "bread", "violin", "bank", "judge", "car", "sleep")
+ROWS = [(f"{word} {number}", f"what {word} means") for word in WORDS for number in range(2)]
 
 
 def train_small(**options: Any) -> TrainReport:
@@ -47,7 +47,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {
         f"{path.parent.relative_to(folder)}/{name}": weight
         for path in sorted(folder.glob("**/model.safetensors"))
-        if "checkpoints" not in path.parts
+        if "checkpoints" not in path.relative_to(folder).parts
         for name, weight in load_file(path).items()
     }
 

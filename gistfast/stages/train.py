@@ -5,9 +5,9 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import TrainerState
 
 from gistfast.batches import StoreBatches
+from gistfast.best import best_step, out_of_patience
 from gistfast.callbacks import (
     MetricsFile,
     StepProgress,
@@ -28,41 +29,14 @@ from gistfast.errors import ConfigError, GistfastError
 from gistfast.lora import Lora, has_lora, merged, save_adapter
 from gistfast.modelcard import add_section, guide_section
 from gistfast.pretrained import no_weight_bar
-from gistfast.retrieval import MEASURES
 from gistfast.run_folder import RunFolder, run_record, step_of
 from gistfast.store import GuideStore
 from gistfast.store.files import write_json
 from gistfast.student import check_learning_rates, load_student
-from gistfast.trainer import make_trainer
+from gistfast.train_report import TrainReport, train_report
+from gistfast.trainer import GuidedTrainer, make_trainer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainReport:
-    """What came of a run.
-
-    Attributes:
-        path: Folder of the student.
-        steps: Steps taken.
-        rows: Rows trained on.
-        loss: Mean over the steps of the last record of the log, in nats.
-        dropped: Share of the candidates dropped in each block ("ap", "aa", "pp", "an"), mean over the log.
-        elapsed_s: Seconds of this call.
-        evaluation: Loss, nDCG@10, MRR@10 and recall of the last evaluation on the held-out rows, if any.
-        temperature: In the last step, where it changed during the run.
-        margin: As `temperature`.
-    """
-
-    path: Path
-    steps: int
-    rows: int
-    loss: float
-    dropped: dict[str, float]
-    elapsed_s: float
-    evaluation: dict[str, float]
-    temperature: float | None = None
-    margin: float | None = None
 
 
 def train(store: str | Path, *, student: str | Path, out: str | Path, **options: Any) -> TrainReport:
@@ -104,7 +78,14 @@ def train(store: str | Path, *, student: str | Path, out: str | Path, **options:
     run.begin(record, overwrite=settings.overwrite)
     with _one_line_when_full(run.path):
         history = _fit(model, guide_store, settings, run, trackers)
-        report = _report(run, history, _num_train_rows(guide_store), time.monotonic() - begun_s)
+        best = best_step(history) if settings.keep_best else None
+        report = train_report(
+            run.path,
+            history,
+            best=best,
+            num_rows=_num_train_rows(guide_store),
+            elapsed_s=time.monotonic() - begun_s,
+        )
         _save(model, guide_store, settings, run, report)
     return report
 
@@ -164,12 +145,28 @@ def _fit(
     _say_how_it_begins(store, settings, checkpoint)
     # TensorBoard gets a folder of ours and the step of the checkpoint; the trainer starts the others itself.
     trainer = make_trainer(model, store, settings, run, [name for name in trackers if name != "tensorboard"])
-    if checkpoint is not None and (past := _past_its_end(checkpoint)) is not None:
+    if checkpoint is not None and (past := _past_its_end(checkpoint, settings.patience)) is not None:
+        history, ends_with = past.log_history, checkpoint
+    else:
+        if "tensorboard" in trackers:
+            trainer.add_callback(tensorboard_callback(run.tensorboard, step_of(checkpoint)))
+        history, ends_with = _take_steps(trainer, run, checkpoint), None
+    if settings.keep_best and (best := best_step(history)) is not None:
+        logger.info("the best student is that of step %d", best)
+        ends_with = run.checkpoint_of(best)
+        model.model_card_data.set_best_model_step(best)
+    if ends_with is not None:
         with no_weight_bar():
-            trainer.load_weights(checkpoint)
-        return past.log_history
-    if "tensorboard" in trackers:
-        trainer.add_callback(tensorboard_callback(run.tensorboard, step_of(checkpoint)))
+            trainer.load_weights(ends_with)
+    return history
+
+
+def _take_steps(trainer: GuidedTrainer, run: RunFolder, checkpoint: Path | None) -> list[dict[str, Any]]:
+    """Train from a checkpoint or from the beginning; returns the trainer's log.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C, when a checkpoint was saved.
+    """
     trainer.add_callback(MetricsFile(run.metrics))
     with StepProgress() as bar, StopOnInterrupt() as stop, no_weight_bar():
         trainer.add_callback(bar)
@@ -180,10 +177,10 @@ def _fit(
     return trainer.state.log_history
 
 
-def _past_its_end(checkpoint: Path) -> TrainerState | None:
+def _past_its_end(checkpoint: Path, patience: int | None) -> TrainerState | None:
     """The trainer's state after the last step, None before it; the trainer would take one step more."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    return state if state.global_step >= state.max_steps else None
+    return state if state.global_step >= state.max_steps or out_of_patience(state.log_history, patience) else None
 
 
 def _say_how_it_begins(store: GuideStore, settings: TrainSettings, checkpoint: Path | None) -> None:
@@ -201,30 +198,6 @@ def _say_how_it_begins(store: GuideStore, settings: TrainSettings, checkpoint: P
         logger.info("found no checkpoint to resume: beginning at the first step")
 
 
-def _report(run: RunFolder, history: Sequence[Mapping[str, Any]], num_rows: int, elapsed_s: float) -> TrainReport:
-    steps = [record for record in history if "loss" in record]
-    evaluations = [record for record in history if "eval_loss" in record]
-    blocks = [name for name in steps[-1] if name.startswith("dropped/")]
-    dropped = {name.removeprefix("dropped/"): sum(record[name] for record in steps) / len(steps) for name in blocks}
-    return TrainReport(
-        path=run.path,
-        steps=history[-1]["step"],
-        rows=num_rows,
-        loss=steps[-1]["loss"],
-        temperature=steps[-1].get("temperature"),
-        margin=steps[-1].get("margin"),
-        dropped=dropped,
-        elapsed_s=elapsed_s,
-        evaluation=_scores(evaluations[-1]) if evaluations else {},
-    )
-
-
-def _scores(record: Mapping[str, float]) -> dict[str, float]:
-    """The measures in a record of an evaluation, under the names that `evaluate` gives them."""
-    found = {name.rpartition("_")[2]: value for name, value in record.items() if name.startswith("eval_")}
-    return {name: found[name] for name in ("loss", *MEASURES)}
-
-
 def _save(
     model: SentenceTransformer,
     store: GuideStore,
@@ -237,7 +210,7 @@ def _save(
         model.save_pretrained(str(run.path))
     if has_lora(model) and settings.keep_layers is None:
         save_adapter(model, run.adapter, settings.student)
-    add_section(run.path / "README.md", guide_section(store.manifest, settings, report.dropped))
+    add_section(run.path / "README.md", guide_section(store.manifest, settings, report.dropped, report.best_step))
     write_json(run.report_path, asdict(report) | {"path": str(report.path)})
     logger.info("saved the student to %s: loss %.4f after %d steps", run.path, report.loss, report.steps)
 
