@@ -9,7 +9,14 @@ import typer
 from rich.text import Text
 
 from gistfast.cli.options import command, errors_in_one_line
-from gistfast.config import EvaluateSettings, PrecomputeSettings, QuickstartSettings, TrainSettings, to_dict
+from gistfast.config import (
+    EvaluateSettings,
+    PictureSettings,
+    PrecomputeSettings,
+    QuickstartSettings,
+    TrainSettings,
+    to_dict,
+)
 from gistfast.progress import console
 
 app = typer.Typer(
@@ -46,6 +53,17 @@ def _evaluate(settings: EvaluateSettings) -> None:
     print_panels([Panel(settings.model, {"score": scores_of(evaluate(**to_dict(settings)))})])
 
 
+def _picture(settings: PictureSettings) -> None:
+    from pathlib import Path
+
+    from gistfast.run_folder import RunFolder
+    from gistfast.run_picture import draw_run
+
+    run = RunFolder(Path(settings.run).expanduser())
+    out = run.picture if settings.out is None else Path(settings.out).expanduser()
+    console.print(str(draw_run(run.metrics, out)), markup=False, highlight=False, soft_wrap=True)
+
+
 def _quickstart(settings: QuickstartSettings) -> None:
     from gistfast.demo.quickstart import quickstart
 
@@ -55,6 +73,7 @@ def _quickstart(settings: QuickstartSettings) -> None:
 app.command("precompute")(command(PrecomputeSettings, _precompute))
 app.command("train")(command(TrainSettings, _train))
 app.command("evaluate")(command(EvaluateSettings, _evaluate))
+app.command("picture")(command(PictureSettings, _picture))
 app.command("quickstart")(command(QuickstartSettings, _quickstart))
 
 

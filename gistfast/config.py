@@ -27,6 +27,7 @@ from gistfast.train_settings import TrainSettings
 
 __all__ = [
     "EvaluateSettings",
+    "PictureSettings",
     "PrecomputeSettings",
     "QuickstartSettings",
     "TrainSettings",
@@ -180,6 +181,16 @@ class EvaluateSettings(Settings):
             raise ConfigError("--queries, --corpus and --qrels belong together: give all three")
         if not (self.store or self.queries or self.sts or self.tasks):
             raise ConfigError("nothing to measure: give --store, --queries with --corpus and --qrels, --sts or --tasks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings(Settings):
+    """What a training run was like, or is like so far."""
+
+    about = "Draw the log of the training run RUN: loss, dropped candidates, evaluations."
+
+    run: str = argument("Folder of the run, the --out of `gistfast train`.")
+    out: str | None = setting(None, "PNG file to write; training.png in RUN when left out.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ OUT/
   metrics.jsonl       one record for each logged step and evaluation
   tensorboard/        the same for TensorBoard
   checkpoints/        checkpoint-N: all that a run needs to go on after step N
+  training.png        the log as a picture, where matplotlib is installed
   report.json         written last: the run is complete
   adapter/            a LoRA run's adapter alone, as peft reads it; in the model files it is merged
   (model files)       SentenceTransformer(OUT) loads them
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from gistfast.store import Manifest
 
 # What a resumed run may change: where things lie and who is told, nothing that the weights depend on.
-FREE_SETTINGS = ("store", "out", "resume", "overwrite", "device", "workers", "trackers", "save_total_limit")
+FREE_SETTINGS = ("store", "out", "resume", "overwrite", "device", "workers", "trackers", "save_total_limit", "picture")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """The log, as JSON lines."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def picture(self) -> Path:
+        """The log as a picture."""
+        return self.path / "training.png"
 
     @property
     def tensorboard(self) -> Path:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from gistfast.cli.main import app
 from gistfast.cli.options import command
-from gistfast.config import EvaluateSettings, PrecomputeSettings, QuickstartSettings, TrainSettings
+from gistfast.config import EvaluateSettings, PictureSettings, PrecomputeSettings, QuickstartSettings, TrainSettings
 from gistfast.errors import ConfigError, StoreError
 from gistfast.settings import Settings, argument, comma_separated, flag_of, setting
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "precompute": PrecomputeSettings,
     "train": TrainSettings,
     "evaluate": EvaluateSettings,
+    "picture": PictureSettings,
     "quickstart": QuickstartSettings,
 }
 

@@ -72,6 +72,7 @@ def train_small(**options: Any) -> TrainReport:
         "logging_steps": 1,
         "save_steps": 0,
         "trackers": (),
+        "picture": False,
         "device": "cpu",
     }
     return train(**defaults | options)

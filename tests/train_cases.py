@@ -27,6 +27,7 @@ def train_small(**options: Any) -> TrainReport:
         "temperature": 0.1,
         "save_steps": 0,
         "trackers": (),
+        "picture": False,
         "device": "cpu",
     }
     return train(**defaults | options)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from gistfast.lora import Lora, has_lora, merged, save_adapter
 from gistfast.modelcard import add_section, guide_section
 from gistfast.pretrained import no_weight_bar
 from gistfast.run_folder import RunFolder, run_record, step_of
+from gistfast.run_picture import draw_run
 from gistfast.store import GuideStore
 from gistfast.store.files import write_json
 from gistfast.student import check_learning_rates, load_student
@@ -211,8 +213,17 @@ def _save(
     if has_lora(model) and settings.keep_layers is None:
         save_adapter(model, run.adapter, settings.student)
     add_section(run.path / "README.md", guide_section(store.manifest, settings, report.dropped, report.best_step))
+    if settings.picture:
+        _draw(run)
     write_json(run.report_path, asdict(report) | {"path": str(report.path)})
     logger.info("saved the student to %s: loss %.4f after %d steps", run.path, report.loss, report.steps)
+
+
+def _draw(run: RunFolder) -> None:
+    if find_spec("matplotlib") is None:
+        logger.info("matplotlib is not installed: no picture of the run (`pip install gistfast[plot]`)")
+    else:
+        draw_run(run.metrics, run.picture)
 
 
 @contextmanager
