@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gistfast.errors import ConfigError, ShapeError
 from gistfast.functional import Backend, MarginStrategy, guided_contrastive_loss
-from gistfast.loss_inputs import check_options
+from gistfast.loss_inputs import by_column, check_options, roles
 from gistfast.schedules import LearnedTemperature
 from gistfast.store import GuideStore
 
@@ -120,8 +120,8 @@ class GISTLoss(nn.Module):
             row_offset = num_rows * get_rank()
         # The store is on the host: one copy of the ids, which waits for the device, serves both look-ups.
         on_host = ids.cpu()
-        guides = _by_column(self.store.gather(on_host), ids.device)
-        identities = _by_column(self.store.identity(on_host), ids.device)
+        guides = by_column(self.store.gather(on_host), ids.device)
+        identities = by_column(self.store.identity(on_host), ids.device)
         return self.contrast(columns, guides, identities, row_offset=row_offset, num_rows=num_rows)
 
     def contrast(
@@ -142,11 +142,11 @@ class GISTLoss(nn.Module):
             row_offset: First row whose loss is taken; the others are candidates alone.
             num_rows: How many rows' loss is taken; None for all from `row_offset` on.
         """
-        anchor, positive, negative = _roles(columns)
-        guide_anchor, guide_positive, guide_negative = _roles(guides)
+        anchor, positive, negative = roles(columns)
+        guide_anchor, guide_positive, guide_negative = roles(guides)
         # Where the store's entries can be counted in int32: the kernel wants that.
         dtype = torch.int32 if self.store.num_texts < 2**31 else torch.int64
-        anchor_ids, positive_ids, negative_ids = _roles([ids.to(dtype) for ids in identities])
+        anchor_ids, positive_ids, negative_ids = roles([ids.to(dtype) for ids in identities])
         options = self.options
         if self.learned_temperature is not None:
             options = {**options, "temperature": self.learned_temperature()}
@@ -293,14 +293,3 @@ class CachedGISTLoss(CachedLossMixin, GISTLoss):
             "mini_batch_size": self.mini_batch_size,
             "mini_batch_num_tokens": self.mini_batch_num_tokens,
         }
-
-
-def _by_column(found: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-    """What the store holds for ids (B, C), one tensor of B rows for each column, on `device`."""
-    return found.to(device, non_blocking=True).unbind(1)
-
-
-def _roles(columns: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Anchors, positives, and all negatives in one, if there are any."""
-    anchor, positive, *negatives = columns
-    return anchor, positive, torch.cat(negatives) if negatives else None

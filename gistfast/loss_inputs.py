@@ -1,7 +1,7 @@
 """What is asked of the loss's inputs, and the one line that says what is wrong with them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -134,3 +134,14 @@ def id_columns(students: list[Tensor], columns: Sequence[Tensor | None]) -> list
             raise ShapeError(f"{name} {found}: give {len(student)} int32 or int64 ids, or no ids at all")
         ids.append(column)
     return [column.to(students[0].device) for column in ids]
+
+
+def by_column(found: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """What the store holds for ids (B, C), one tensor of B rows for each column, on `device`."""
+    return found.to(device, non_blocking=True).unbind(1)
+
+
+def roles(columns: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Anchors, positives, and all negatives in one, if there are any."""
+    anchor, positive, *negatives = columns
+    return anchor, positive, torch.cat(negatives) if negatives else None

@@ -123,7 +123,7 @@ def _own_trainer(task: Task) -> Trainer:
     from gistfast.run_folder import RunFolder
     from gistfast.store import GuideStore
     from gistfast.student import load_student
-    from gistfast.trainer import make_trainer
+    from gistfast.trainer_setup import make_trainer
 
     options = {"store": task.store, "student": task.student, "out": task.folder, "batch_size": task.batch_size}
     settings = build(TrainSettings, {**options, **OURS[task.contender], "epochs": 1000.0, "save_steps": 0})

@@ -36,7 +36,8 @@ from gistfast.store import GuideStore
 from gistfast.store.files import write_json
 from gistfast.student import check_learning_rates, load_student
 from gistfast.train_report import TrainReport, train_report
-from gistfast.trainer import GuidedTrainer, make_trainer
+from gistfast.trainer import GuidedTrainer
+from gistfast.trainer_setup import make_trainer
 
 logger = logging.getLogger(__name__)
 
