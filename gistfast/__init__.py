@@ -8,8 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gistfast.cached_loss import CachedGISTLoss
     from gistfast.functional import guided_contrastive_loss
-    from gistfast.loss import CachedGISTLoss, GISTLoss
+    from gistfast.loss import GISTLoss
     from gistfast.stages.precompute import precompute
     from gistfast.stages.train import train
     from gistfast.store import GuideStore
@@ -18,7 +19,7 @@ __version__ = "0.1.0"
 __all__ = ["CachedGISTLoss", "GISTLoss", "GuideStore", "guided_contrastive_loss", "precompute", "train"]
 
 _HOME = {
-    "CachedGISTLoss": "gistfast.loss",
+    "CachedGISTLoss": "gistfast.cached_loss",
     "GISTLoss": "gistfast.loss",
     "GuideStore": "gistfast.store",
     "guided_contrastive_loss": "gistfast.functional",

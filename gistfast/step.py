@@ -100,7 +100,7 @@ def replayed_loss(
     gradient, *own_gradients = torch.autograd.grad(loss, [vectors, *own_weights])
     left_out = 0.0
     if replay.tolerance:
-        found = carriers(gradient, vectors.detach(), replay)
+        found = carriers(gradient, vectors.detach(), replay.tolerance, unbiased=replay.unbiased)
         texts, states, left_out = part_of(texts, found.places, replay.passes), [], found.left_out
         places, weights = (torch.from_numpy(array).to(gradient.device) for array in (found.places, found.weights))
         gradient = gradient[places] * weights[:, None].to(gradient.dtype)
@@ -114,18 +114,18 @@ def replayed_loss(
     return loss, {name: torch.tensor(count, device=loss.device) for name, count in counts.items()}
 
 
-def carriers(gradient: Tensor, vectors: Tensor, replay: Replay) -> Carriers:
-    """The texts to replay by their gradients (N, D) and vectors (N, D)."""
+def carriers(gradient: Tensor, vectors: Tensor, tolerance: float, *, unbiased: bool = False) -> Carriers:
+    """The texts to replay, by their gradients (N, D) and vectors (N, D); see `Replay` for the rest."""
     on_sphere = torch.linalg.vector_norm(gradient, dim=1) * torch.linalg.vector_norm(vectors, dim=1)
     lengths: Array = on_sphere.double().cpu().numpy()
     order = np.argsort(-lengths, kind="stable")
     # What is left out when the first n texts are taken, squared.
     rest = np.append(np.cumsum(lengths[order[::-1]] ** 2)[::-1], 0.0)
     # At least one: no gradient at all would leave several processes waiting for each other.
-    count = max(int((rest > replay.tolerance**2 * rest[0]).sum()), 1)
+    count = max(int((rest > tolerance**2 * rest[0]).sum()), 1)
     left_out = float(np.sqrt(rest[count] / rest[0])) if rest[0] else 0.0
     shortest = lengths[order[count - 1]]
-    if not (replay.unbiased and shortest):
+    if not (unbiased and shortest):
         places = np.sort(order[:count])
         return Carriers(places, np.ones(count), left_out)
     # A text is drawn in proportion to its length, and then counts as much as the shortest of those always taken.

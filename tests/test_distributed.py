@@ -52,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 LOSSES: dict[str, Callable[..., nn.Module]] = {
     "plain": GISTLoss,
     "cached": lambda *given, **options: CachedGISTLoss(*given, mini_batch_size=3, **options),
+    "tolerant": lambda *given, **options: CachedGISTLoss(*given, mini_batch_size=3, replay_tolerance=1e-9, **options),
     "matryoshka": lambda model, *given, **options: MatryoshkaLoss(model, GISTLoss(model, *given, **options), [32, 8]),
     "cached matryoshka": lambda model, *given, **options: MatryoshkaLoss(
         model, CachedGISTLoss(model, *given, mini_batch_size=3, **options), [32, 8]
@@ -130,7 +131,7 @@ def work(rank: int, folder: Path, student_folder: Path) -> None:
     found |= {f"unequal {name}": value for name, value in refusal(model, store, slice(half - rank)).items()}
     wrong = other if rank else store
     found |= {f"mixed {name}": value for name, value in refusal(model, wrong, mine).items()}
-    for name in ("plain", "cached"):
+    for name in ("plain", "cached", "tolerant"):
         found |= train(student(student_folder), store, name, folder / name, half)
     save_file(found, folder / f"rank-{rank}.safetensors")
     distributed.destroy_process_group()
@@ -195,7 +196,7 @@ def test_averaged_gradient_is_that_of_the_joint_batch(
         assert (torch.stack(halves).mean(0) - expected).abs().max() > 1e-2 * expected.abs().max(), name
 
 
-@pytest.mark.parametrize("name", ["plain", "cached"])
+@pytest.mark.parametrize("name", ["plain", "cached", "tolerant"])
 def test_trainer_of_two_processes_takes_the_steps_of_one(
     ranks: list[Result], store: GuideStore, tiny_student: Path, tmp_path: Path, name: str
 ) -> None:

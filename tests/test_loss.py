@@ -423,6 +423,43 @@ def test_matryoshka_adds_up_the_losses_of_shortened_vectors(
     assert_same(found, gradients(ByHand(model, of_widths), features, labels), 1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"mini_batch_num_tokens": 16}, {"mini_batch_size": 1}], ids=str)
+def test_tiny_tolerance_replays_the_whole_gradient(
+    store: GuideStore, model: SentenceTransformer, options: dict[str, Any]
+) -> None:
+    batch = batch_of(model.double(), store)
+    loss = cached(model, store, temperature=TEMPERATURE, replay_tolerance=1e-9, **options)
+    assert_same(gradients(loss, *batch), gradients(GISTLoss(model, store, temperature=TEMPERATURE), *batch))
+    # Negatives that every row drops carry nothing.
+    assert 40 < loss.last_replay["texts"] < batch[1].numel()
+
+
+def test_tolerance_leaves_texts_out(store: GuideStore, model: SentenceTransformer) -> None:
+    batch = batch_of(model, store)
+    whole = gradients(GISTLoss(model, store, temperature=TEMPERATURE), *batch)
+    errors, counts = [], []
+    for tolerance in (0.5, 0.1):
+        loss = cached(model, store, temperature=TEMPERATURE, replay_tolerance=tolerance)
+        value, gradient = gradients(loss, *batch)
+        torch.testing.assert_close(value, whole[0])
+        assert 0 < loss.last_replay["left_out"] <= tolerance
+        counts.append(int(loss.last_replay["texts"]))
+        errors.append((gradient - whole[1]).norm() / whole[1].norm())
+    assert counts[0] < counts[1] < batch[1].numel()
+    assert errors[0] > errors[1] > 0
+
+
+def test_tolerance_trains_beside_matryoshka_and_evaluation(
+    pair_store: GuideStore, train: Callable[..., Any], model: SentenceTransformer
+) -> None:
+    loss = MatryoshkaLoss(model, cached(model, pair_store, temperature=TEMPERATURE, replay_tolerance=0.1), [32, 8])
+    held_out = pair_store.to_dataset("held_out")
+    trainer = train(loss, pair_store.to_dataset("train"), eval_dataset=held_out, **WHOLE)
+    losses = logged(trainer)
+    assert losses[-1] < losses[0]
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 # In the trainer.
 
 
@@ -585,7 +622,7 @@ def test_model_card_names_guide_options_and_paper(
     train(loss, store.to_dataset("train"), max_steps=1)
     model.save_pretrained(str(tmp_path / "student"))
     card = (tmp_path / "student" / "README.md").read_text()
-    for fact in (f"gistfast.loss.{type(loss).__name__}", '"margin": 0.05', store.fingerprint, "2402.16829"):
+    for fact in (f"{type(loss).__module__}.{type(loss).__name__}", '"margin": 0.05', store.fingerprint, "2402.16829"):
         assert fact in card
 
 
@@ -664,6 +701,7 @@ def test_trainer_shows_what_is_missing(
         {"margin_strategy": "both"},
         {"mini_batch_size": 0},
         {"mini_batch_num_tokens": 0},
+        {"replay_tolerance": 1.0},
     ],
     ids=str,
 )

@@ -152,7 +152,7 @@ def test_whole_gradient_is_replayed_within_a_tiny_tolerance(step: Step) -> None:
 def test_tolerance_bounds_what_is_left_out(step: Step, tolerance: float) -> None:
     vectors = embed(step.model, step.form, step.texts).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(step.loss_of(vectors), vectors)
-    found = carriers(gradient, vectors.detach(), Replay(tolerance, False, PASSES))
+    found = carriers(gradient, vectors.detach(), tolerance)
     lengths = gradient.norm(dim=1) * vectors.detach().norm(dim=1)
     left = np.setdiff1d(np.arange(len(lengths)), found.places)
     assert len(left) > 0
@@ -183,7 +183,7 @@ def test_mean_of_unbiased_draws_is_the_whole_gradient() -> None:
     mean = torch.zeros_like(gradient)
     draws = 2000
     for _ in range(draws):
-        found = carriers(gradient, torch.eye(5, dtype=torch.float64), Replay(0.3, True, PASSES))
+        found = carriers(gradient, torch.eye(5, dtype=torch.float64), 0.3, unbiased=True)
         assert {0, 1} <= set(found.places)
         mean[found.places] += gradient[found.places] * torch.from_numpy(found.weights)[:, None] / draws
     torch.testing.assert_close(mean, gradient, rtol=0.1, atol=0)
@@ -193,7 +193,7 @@ def test_mean_of_unbiased_draws_is_the_whole_gradient() -> None:
 def test_no_gradient_is_replayed_by_one_text(step: Step) -> None:
     zeros = torch.zeros(5, 3)
     for unbiased in (False, True):
-        found = carriers(zeros, torch.ones(5, 3), Replay(0.1, unbiased, PASSES))
+        found = carriers(zeros, torch.ones(5, 3), 0.1, unbiased=unbiased)
         assert (len(found.places), found.left_out) == (1, 0.0)
 
 
@@ -201,7 +201,7 @@ def test_length_of_a_vector_does_not_count() -> None:
     """A loss of cosines has a longer gradient on a shorter vector."""
     vectors = torch.tensor([[1.0, 0.0], [0.01, 0.0]])
     gradient = torch.tensor([[0.0, 1.0], [0.0, 2.0]])
-    assert carriers(gradient, vectors, Replay(0.5, False, PASSES)).places.tolist() == [0]
+    assert carriers(gradient, vectors, 0.5).places.tolist() == [0]
 
 
 def test_part_of_texts_keeps_their_tokens(step: Step) -> None:
