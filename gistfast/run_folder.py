@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from gistfast.store import Manifest
 
 # What a resumed run may change: where things lie and who is told, nothing that the weights depend on.
-FREE_SETTINGS = ("store", "out", "resume", "overwrite", "device", "workers", "trackers", "save_total_limit", "picture")
+FREE_SETTINGS = (
+    *("store", "out", "resume", "overwrite", "device", "workers"),
+    *("trackers", "save_total_limit", "picture", "push_to_hub"),
+)
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,11 @@ class TrainSettings(Settings):
         "TensorBoard where it is installed when left out.",
         parse=comma_separated,
     )
+    push_to_hub: str | None = setting(
+        None,
+        "Hub repository, such as me/student, that gets checkpoints and student in the background; made, and private, "
+        "when it is not there.",
+    )
     picture: bool = setting(True, "Draw the log as training.png at the end, where matplotlib is installed.")
     resume: bool = setting(False, "Go on from the last checkpoint in --out.")
     overwrite: bool = setting(False, "Replace the run in --out when the first step begins.")

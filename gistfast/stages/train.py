@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from gistfast.batches import StoreBatches
 from gistfast.best import best_step, out_of_patience
@@ -27,6 +27,7 @@ from gistfast.callbacks import (
 )
 from gistfast.config import TrainSettings, build
 from gistfast.errors import ConfigError, GistfastError
+from gistfast.hub_upload import UploadCheckpoints, check_hub, uploads_to
 from gistfast.lora import Lora, has_lora, merged, save_adapter
 from gistfast.modelcard import add_section, guide_section
 from gistfast.pretrained import no_weight_bar
@@ -56,7 +57,7 @@ def train(store: str | Path, *, student: str | Path, out: str | Path, **options:
 
     Raises:
         ConfigError: When a setting is bad, contradicts the store, or `out` holds something else.
-        DependencyError: When a tracker is not installed.
+        DependencyError: When a tracker, or peft for an adapter, is not installed.
         GistfastError: When the disk is full; what was saved is kept.
         ModelError: When the student does not load.
         StoreError: When the store is not there or not complete.
@@ -75,12 +76,15 @@ def train(store: str | Path, *, student: str | Path, out: str | Path, **options:
         logger.info("%s is complete: nothing to resume", run.path)
         return TrainReport(**finished | {"path": run.path})
     trackers = choose_trackers(settings.trackers)
+    if settings.push_to_hub is not None:
+        check_hub(settings.push_to_hub)
     model = _load(settings)
     own_weights = ["learned_temperature.log"] if settings.learn_temperature else []
     check_learning_rates(settings.learning_rates or {}, model, own_weights)
     run.begin(record, overwrite=settings.overwrite)
-    with _one_line_when_full(run.path):
-        history = _fit(model, guide_store, settings, run, trackers)
+    with _one_line_when_full(run.path), uploads_to(settings.push_to_hub) as upload:
+        more = [] if upload is None else [UploadCheckpoints(upload, run)]
+        history = _fit(model, guide_store, settings, run, trackers, more)
         best = best_step(history) if settings.keep_best else None
         report = train_report(
             run.path,
@@ -90,6 +94,8 @@ def train(store: str | Path, *, student: str | Path, out: str | Path, **options:
             elapsed_s=time.monotonic() - begun_s,
         )
         _save(model, guide_store, settings, run, report)
+        if upload is not None:
+            upload.offer(run.path, f"trained student, {report.steps} steps")
     return report
 
 
@@ -138,6 +144,7 @@ def _fit(
     settings: TrainSettings,
     run: RunFolder,
     trackers: Sequence[str],
+    callbacks: Sequence[TrainerCallback],
 ) -> list[dict[str, Any]]:
     """Train, from the last checkpoint if there is one; returns the trainer's log.
 
@@ -151,6 +158,8 @@ def _fit(
     if checkpoint is not None and (past := _past_its_end(checkpoint, settings.patience)) is not None:
         history, ends_with = past.log_history, checkpoint
     else:
+        for callback in callbacks:
+            trainer.add_callback(callback)
         if "tensorboard" in trackers:
             trainer.add_callback(tensorboard_callback(run.tensorboard, step_of(checkpoint)))
         history, ends_with = _take_steps(trainer, run, checkpoint), None
