@@ -1,19 +1,21 @@
-"""The guide's score of every pair: the loss's threshold, and the first thing to ask of a corpus.
+"""The guides' score of every pair: the loss's threshold, and the first thing to ask of a corpus.
 
-# R rows of a block, C columns, G guide width
+# R rows of a shard, C columns, P pairs
 """
 
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cosine_similarity
 
 from gistfast.progress import progress
+from gistfast.scorer import Scorer
 from gistfast.store import GuideStore, pending_scores, write_scores
 
+Array = np.ndarray[Any, Any]
+
 # Two blocks of 4,096 x 1,024 fp32 stay within 32 MiB.
-ROWS_PER_BLOCK = 4096
+PAIRS_PER_BLOCK = 4096
 
 
 def score_pairs(store: GuideStore) -> None:
@@ -27,17 +29,18 @@ def score_pairs(store: GuideStore) -> None:
     rows = {shard: store.rows_of(shard) for shard in pending}
     with progress("scoring pairs", total=sum(map(len, rows.values())), unit="rows") as bar:
         for shard, ids in rows.items():
-            scores = np.empty((len(ids), ids.shape[1] - 1), np.float32)
-            for start in range(0, len(ids), ROWS_PER_BLOCK):
-                block = slice(start, start + ROWS_PER_BLOCK)
-                scores[block] = _cosines(store, torch.from_numpy(ids[block]))
-                bar.advance(len(ids[block]))
-            write_scores(store, shard, scores)
+            scores = [scores_of(store, ids[:, 0], ids[:, column]) for column in range(1, ids.shape[1])]
+            write_scores(store, shard, np.stack(scores, axis=1))
+            bar.advance(len(ids))
 
 
-def _cosines(store: GuideStore, ids: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.float32]]":
-    """The cosines (R, C-1) of the first column's vectors with those of each other column; ids are (R, C)."""
-    anchors = store.gather(ids[:, 0]).float()
-    others = [store.gather(column).float() for column in ids[:, 1:].unbind(dim=1)]
-    scores = torch.stack([cosine_similarity(anchors, other) for other in others], dim=1)
-    return scores.numpy()
+def scores_of(store: GuideStore, left: Array, right: Array, scorer: Scorer | None = None) -> Array:
+    """The guide scores (P,), fp32, of the entries left (P,) with the entries right (P,); the scorer is the store's."""
+    scorer = Scorer.of(store) if scorer is None else scorer
+    scores = np.empty(len(left), np.float32)
+    for start in range(0, len(left), PAIRS_PER_BLOCK):
+        block = slice(start, start + PAIRS_PER_BLOCK)
+        x, y = (scorer.unit(store.gather(torch.from_numpy(ids[block]))) for ids in (left, right))
+        each = torch.arange(len(x))
+        scores[block] = scorer.pairs(x, y, each, each).numpy()
+    return scores

@@ -1,14 +1,18 @@
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from store_cases import GUIDE, embed, source_of
+from store_cases import make_store as store_at
 
 from gistfast import scores
 from gistfast.errors import StoreError
 from gistfast.scores import score_pairs
-from gistfast.store import GuideStore, pending_scores, write_scores
+from gistfast.store import GuideStore, StoreWriter, pending_scores, write_scores
 
 # The anchor of the first row is its own positive; two rows share a positive.
 ROWS = [("same", "same", "other"), ("a", "b", "c"), ("d", "b", "a")] + [
@@ -28,7 +32,7 @@ def exact(store: GuideStore) -> "np.ndarray[Any, Any]":
 def test_scores_are_cosines_of_the_stored_vectors(
     make_store: Callable[..., GuideStore], dtype: str, rows_per_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scores, "ROWS_PER_BLOCK", rows_per_block)
+    monkeypatch.setattr(scores, "PAIRS_PER_BLOCK", rows_per_block)
     store = make_store(ROWS, dtype=dtype)
     score_pairs(store)
     assert store.pair_scores.shape == (len(ROWS), 2)
@@ -56,3 +60,23 @@ def test_stopped_pass_goes_on_where_it_was(
     np.testing.assert_allclose(store.pair_scores, expected, atol=1e-6)
     assert pending_scores(store) == []
     score_pairs(store)
+
+
+@pytest.mark.parametrize("how", ["mean", "min", "max"])
+def test_score_of_several_guides_is_joined_from_their_cosines(tmp_path: Path, how: Any) -> None:
+    second = replace(GUIDE, name="second", weights_hash="second", width=5, dtype="float32")
+    source = source_of(tmp_path / "rows.jsonl", ROWS)
+    with StoreWriter.create(
+        store_at(tmp_path / "store", source).path,
+        guide=second, source=source, mode="add_guide", guide_score=how, guide_weight=3.0,
+    ) as writer:  # fmt: skip
+        embed(writer)
+        store = writer.store()
+    score_pairs(store)
+    each = [
+        GuideStore(store.path, replace(store.manifest, guides=(guide,), weights=(1.0,))) for guide in (GUIDE, second)
+    ]
+    first, other = map(exact, each)
+    expected = {"mean": (first + 3 * other) / 4, "min": np.minimum(first, other), "max": np.maximum(first, other)}
+    # The first guide's vectors are halves, and length 1 only within their precision.
+    np.testing.assert_allclose(store.pair_scores, expected[how], atol=5e-4 if how == "mean" else 1e-6)
