@@ -1,67 +1,63 @@
 """The FAISS index over a store's vectors, and how well it finds what exact search finds.
 
-# Q sampled queries, N vectors of a block, G guide width, K neighbours
+    index/<store>.faiss        the numbers that it finds are entry ids
+    index/<store>.json         what it is; an index without this file is not there
+    index/<store>.building/    of an index that is being built: gistfast.index_build
+
+<store> is the beginning of the store's fingerprint, so that an index for rows that are being appended does not take the
+place of the one that readers use.
 """
 
 import logging
-import math
-from collections.abc import Iterator
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 
 from gistfast.errors import DependencyError, StoreError
-from gistfast.progress import progress
+from gistfast.index_build import IndexBuilder, write_index
+from gistfast.index_recall import tune
+from gistfast.index_types import IndexKind, IndexPlan, plan_index
 from gistfast.store import GuideStore
-from gistfast.store.files import durable_file, one_line_write_errors, read_json, write_json
+from gistfast.store.files import fingerprint_of, one_line_write_errors, read_json, write_json
+from gistfast.store.shards import read_commit
 
 logger = logging.getLogger(__name__)
 
-IndexKind = Literal["auto", "flat", "ivf", "none"]
-Vectors = np.ndarray[Any, np.dtype[np.float32]]
-
-INDEX_NAME = "vectors.faiss"
-REPORT_NAME = "index.json"
-
-# Up to here a flat index answers a query within milliseconds, and nothing is lost.
-FLAT_AT_MOST = 200_000
-VECTORS_PER_BLOCK = 65_536
-
-# Fewer training vectors a list make poor lists.
-TRAINING_VECTORS_PER_LIST = 64
-WANTED_RECALL = 0.95
-NUM_QUERIES = 256
-NUM_NEIGHBOURS = 10
-
-# Scores closer than this count as equal: duplicates of a neighbour are as good as the neighbour.
-SCORE_TOLERANCE = 1e-5
+# An index that was trained on fewer vectors than this share of what it would hold is trained anew.
+SHARE_TO_EXTEND = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexReport:
-    """What index/index.json says.
+    """What index/<store>.json says.
 
     Attributes:
-        kind: "flat" or "ivf".
+        kind: "flat", "ivf" or "pq".
         num_vectors: Vectors in the index; their numbers are the store's text ids.
+        num_trained: Vectors of the store when its lists were trained.
         width: Numbers in a vector (G).
+        code_bytes: Bytes of a vector in the index.
         num_lists: Lists of an IVF index, 1 for a flat one.
         num_probes: Lists that a query looks into.
         recall_at_10: Share of the ten nearest by exact search that the index finds, 0 to 1.
         num_queries: Stored vectors that were the sample's queries.
+        vectors: Hash of the vectors in it.
         store_fingerprint: The store that was indexed.
     """
 
     kind: str
     num_vectors: int
+    num_trained: int
     width: int
+    code_bytes: int
     num_lists: int
     num_probes: int
     recall_at_10: float
     num_queries: int
+    vectors: str
     store_fingerprint: str
 
 
@@ -85,35 +81,58 @@ def import_faiss(user: str = "the index", otherwise: str = "leave the index out 
     return faiss
 
 
-def build_index(store: GuideStore, kind: IndexKind = "auto") -> IndexReport | None:
+def build_index(store: GuideStore, kind: IndexKind = "auto", memory_gib: float | None = None) -> IndexReport | None:
     """Build the index of inner products over all vectors of a store and measure its recall.
+
+    A build that was killed goes on shard by shard. After an append, the new vectors are added to a copy of the index.
 
     Args:
         store: A store whose vectors are complete.
-        kind: "flat" is exact; "ivf" looks at a part of the vectors; "auto" is flat up to 200,000 texts;
-            "none" builds nothing. An index that is there already and of this kind is kept.
+        kind: "flat" is exact; "ivf" looks at a part of the vectors; "pq" approximates them as well; "auto" chooses by
+            size and memory; "none" builds nothing. An index that is there already and of this kind is kept.
+        memory_gib: Memory that an index may take; four fifths of what the machine has free when None.
 
     Returns:
-        What was written to index/index.json; None for "none".
+        What was written; None for "none".
 
     Raises:
+        ConfigError: When no index fits into the memory.
         DependencyError: When faiss is not installed.
+        StoreError: When the disk is full or the folder cannot be written.
     """
     if kind == "none":
         return None
-    if kind == "auto":
-        kind = "flat" if store.num_texts <= FLAT_AT_MOST else "ivf"
     present = read_report(store)
-    if present is not None and present.kind == kind:
+    if present is not None and (present.kind == kind or (kind == "auto" and memory_gib is None)):
+        return present
+    half = store.dtype == "float16"
+    plan = plan_index(store.num_texts, store.width, half=half, kind=kind, memory_gib=memory_gib)
+    if present is not None and present.kind == plan.kind:
         return present
     faiss = import_faiss()
-    index = _empty_index(faiss, store, kind)
-    with progress("building the index", total=store.num_texts, unit="vectors") as bar:
-        for vectors in _blocks(store):
-            index.add(vectors)
-            bar.advance(len(vectors))
-    report = _measure(store, index, kind)
-    _write(faiss, store, index, report)
+    building = _path(store, ".building")
+    builder = IndexBuilder(faiss, store, plan, building)
+    base = _index_to_extend(faiss, store, plan)
+    index, num_trained = (builder.empty(), store.num_texts) if base is None else base
+    builder.fill(index)
+    recall = tune(faiss, store, index, has_lists=plan.kind != "flat")
+    report = IndexReport(
+        kind=plan.kind,
+        num_vectors=store.num_texts,
+        num_trained=num_trained,
+        width=store.width,
+        code_bytes=plan.code_bytes,
+        vectors=_hash_of_vectors(store, len(store.manifest.plan.texts)),
+        store_fingerprint=store.fingerprint,
+        **asdict(recall),
+    )
+    with one_line_write_errors(building):
+        building.parent.mkdir(exist_ok=True)
+        # Without its report, an index of another kind is not there.
+        _path(store, ".json").unlink(missing_ok=True)
+        write_index(faiss, index, _path(store, ".faiss"))
+    write_json(_path(store, ".json"), asdict(report))
+    shutil.rmtree(building, ignore_errors=True)
     return report
 
 
@@ -121,125 +140,70 @@ def load_index(store: GuideStore) -> Any:
     """The store's faiss index; the numbers it finds are text ids.
 
     Raises:
-        StoreError: When the store has no index, or one of another store's vectors.
+        StoreError: When the store has no index, or it is damaged.
         DependencyError: When faiss is not installed.
     """
     if read_report(store) is None:
         raise StoreError(f"{store.path} has no index of its vectors: run gistfast.index.build_index(store)")
-    faiss = import_faiss()
-    try:
-        return faiss.read_index(str(_folder(store) / INDEX_NAME))
-    except RuntimeError as error:
-        raise StoreError(
-            f"{_folder(store)} is damaged, faiss cannot read it: delete the folder and build it again"
-        ) from error
+    return _read(import_faiss(), _path(store, ".faiss"))
 
 
 def read_report(store: GuideStore) -> IndexReport | None:
-    """What is known of the store's index; None when it has none, or one of other vectors."""
-    path = _folder(store) / REPORT_NAME
-    if not path.is_file():
-        return None
+    """What is known of the store's index; None when it has none.
+
+    Raises:
+        StoreError: When the report is damaged.
+    """
+    path = _path(store, ".json")
+    report = _read_report(path) if path.is_file() else None
+    return report if report is not None and report.store_fingerprint == store.fingerprint else None
+
+
+def remove_other_indexes(store: GuideStore) -> None:
+    """Remove the indexes of other states of the store; no reader of this one misses them."""
+    folder = store.path / "index"
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.partition(".")[0] != _path(store, "").name:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _path(store: GuideStore, suffix: str) -> Path:
+    return store.path / "index" / f"{store.fingerprint[:8]}{suffix}"
+
+
+def _read(faiss: Any, path: Path) -> Any:
     try:
-        report = IndexReport(**read_json(path))
+        return faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise StoreError(f"{path} is damaged, faiss cannot read it: delete the folder and build it again") from error
+
+
+def _read_report(path: Path) -> IndexReport:
+    try:
+        return IndexReport(**read_json(path))
     except TypeError as error:
         raise StoreError(f"{path} has other fields than expected: delete {path.parent} and build it again") from error
-    return report if report.store_fingerprint == store.fingerprint else None
 
 
-def _folder(store: GuideStore) -> Path:
-    return Path(store.path) / "index"
+def _index_to_extend(faiss: Any, store: GuideStore, plan: IndexPlan) -> tuple[Any, int] | None:
+    """An index of the store's first vectors and the vectors its lists were made for; None when there is none."""
+    ends = np.cumsum(store.manifest.plan.texts).tolist()
+    for path in sorted((store.path / "index").glob("*.json")):
+        report = _read_report(path)
+        same_kind = (report.kind, report.code_bytes) == (plan.kind, plan.code_bytes)
+        large_enough = plan.kind == "flat" or report.num_trained >= SHARE_TO_EXTEND * store.num_texts
+        if not same_kind or not large_enough or report.num_vectors not in ends:
+            continue
+        num_shards = ends.index(report.num_vectors) + 1
+        if num_shards < len(ends) and report.vectors == _hash_of_vectors(store, num_shards):
+            logger.info("adding to the index of the store's first %d vectors", report.num_vectors)
+            return _read(faiss, path.with_suffix(".faiss")), report.num_trained
+    return None
 
 
-def _vectors(store: GuideStore, ids: "np.ndarray[Any, np.dtype[np.int64]]") -> Vectors:
-    vectors: Vectors = store.gather(torch.from_numpy(ids)).float().numpy()
-    return vectors
-
-
-def _blocks(store: GuideStore) -> Iterator[Vectors]:
-    for start in range(0, store.num_texts, VECTORS_PER_BLOCK):
-        yield _vectors(store, np.arange(start, min(start + VECTORS_PER_BLOCK, store.num_texts)))
-
-
-def _empty_index(faiss: Any, store: GuideStore, kind: str) -> Any:
-    """An index that is ready for vectors; it keeps them in the precision in which the store has them."""
-    width, product = store.width, faiss.METRIC_INNER_PRODUCT
-    half = store.dtype == "float16"
-    fp16 = faiss.ScalarQuantizer.QT_fp16
-    if kind == "flat":
-        return faiss.IndexScalarQuantizer(width, fp16, product) if half else faiss.IndexFlatIP(width)
-    num_lists = max(min(4 * math.isqrt(store.num_texts), store.num_texts // TRAINING_VECTORS_PER_LIST), 1)
-    coarse = faiss.IndexFlatIP(width)
-    if half:
-        index = faiss.IndexIVFScalarQuantizer(coarse, width, num_lists, fp16, product, False)
-    else:
-        index = faiss.IndexIVFFlat(coarse, width, num_lists, product)
-    num_sampled = min(num_lists * TRAINING_VECTORS_PER_LIST, store.num_texts)
-    index.train(_vectors(store, _sample(store.num_texts, num_sampled)))
-    return index
-
-
-def _sample(num_texts: int, size: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    return np.sort(np.random.default_rng(0).choice(num_texts, size, replace=False))
-
-
-def _measure(store: GuideStore, index: Any, kind: str) -> IndexReport:
-    """The report of a full index, after looking into more lists until it finds enough."""
-    queries = _vectors(store, _sample(store.num_texts, min(NUM_QUERIES, store.num_texts)))
-    needed = _tenth_best_scores(store, queries)
-    num_lists = index.nlist if kind == "ivf" else 1
-    num_probes = 1
-    while True:
-        if kind == "ivf":
-            index.nprobe = num_probes
-        recall = _recall(store, index, queries, needed)
-        if recall >= WANTED_RECALL or num_probes >= num_lists:
-            break
-        num_probes = min(2 * num_probes, num_lists)
-    searched = "all vectors" if kind == "flat" else f"{num_probes} of {num_lists} lists"
-    logger.info("%s index: recall@10 %.3f, a query searches %s", kind, recall, searched)
-    return IndexReport(
-        kind=kind,
-        num_vectors=store.num_texts,
-        width=store.width,
-        num_lists=num_lists,
-        num_probes=num_probes,
-        recall_at_10=recall,
-        num_queries=len(queries),
-        store_fingerprint=store.fingerprint,
-    )
-
-
-def _tenth_best_scores(store: GuideStore, queries: Vectors) -> Vectors:
-    """The score (Q,) of each query's tenth neighbour by exact search, the last one's in a smaller store.
-
-    Args:
-        store: Whose vectors are searched.
-        queries: (Q, G), fp32.
-    """
-    best = np.empty((len(queries), 0), np.float32)
-    num_wanted = min(NUM_NEIGHBOURS, store.num_texts)
-    for vectors in _blocks(store):
-        best = np.concatenate([best, queries @ vectors.T], axis=1)
-        best = np.partition(best, -min(num_wanted, best.shape[1]), axis=1)[:, -num_wanted:]
-    tenth: Vectors = best.min(axis=1)
-    return tenth
-
-
-def _recall(store: GuideStore, index: Any, queries: Vectors, needed: Vectors) -> float:
-    num_wanted = min(NUM_NEIGHBOURS, store.num_texts)
-    _, found = index.search(queries, num_wanted)
-    neighbours = _vectors(store, np.maximum(found, 0).astype(np.int64))
-    scores = np.einsum("qg,qkg->qk", queries, neighbours)
-    return float(np.mean((found >= 0) & (scores >= needed[:, None] - SCORE_TOLERANCE)))
-
-
-def _write(faiss: Any, store: GuideStore, index: Any, report: IndexReport) -> None:
-    """The report last: an index without one is not there."""
-    folder = _folder(store)
-    with one_line_write_errors(folder):
-        folder.mkdir(exist_ok=True)
-        (folder / REPORT_NAME).unlink(missing_ok=True)
-        with durable_file(folder / INDEX_NAME) as file:
-            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
-    write_json(folder / REPORT_NAME, asdict(report))
+def _hash_of_vectors(store: GuideStore, num_shards: int) -> str:
+    """Hash of what decides the vectors of the first shards: files and weights."""
+    manifest = store.manifest
+    shards = ((kind, shard) for kind in manifest.vectors for shard in range(num_shards))
+    checksums = [read_commit(store.path, kind, shard, manifest).xxh3_128 for kind, shard in shards]
+    return fingerprint_of({"files": checksums, "weights": manifest.weights, "guide_score": manifest.guide_score})
