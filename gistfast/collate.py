@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from gistfast.passes import Passes
 from gistfast.store import GuideStore
+from gistfast.store.export import rows_with_negatives
 from gistfast.student_input import text_set
 from gistfast.tokens import Tokens, joined_pieces
 
@@ -78,6 +79,7 @@ class Collator:
         tokens_of_column: Sequence[int],
         kinds: Sequence[int],
         passes: Passes,
+        mined_negatives: int = 0,
     ) -> None:
         """Take where texts, tokens and guide vectors are.
 
@@ -87,16 +89,18 @@ class Collator:
             tokens_of_column: Number of the tokens for each column.
             kinds: For each of the tokens the kind of text; texts of two kinds share no forward pass.
             passes: How texts are cut into forward passes.
+            mined_negatives: To add to each row; they are tokenised like positives.
         """
         self.store = store
         self.tokens = tokens
-        self.tokens_of_column = np.array(tokens_of_column)
+        self.tokens_of_column = np.array([*tokens_of_column, *[tokens_of_column[1]] * mined_negatives])
+        self.mined_negatives = mined_negatives
         self.kinds = np.array(kinds)
         self.passes = passes
 
     def __call__(self, rows: Array) -> Batch:
         """The batch of the rows (B,) of the store."""
-        entries = self.store.rows[rows]
+        entries = rows_with_negatives(self.store, rows, self.mined_negatives)
         keys, places = np.unique(entries * len(self.tokens) + self.tokens_of_column, return_inverse=True)
         distinct, which = np.divmod(keys, len(self.tokens))
         sizes = np.empty(len(keys), np.int64)

@@ -106,7 +106,21 @@ class PrecomputeSettings(Settings):
         "columns of vectors or .npy files; found by name when left out.",
         parse=vector_places,
     )
-    index: Literal["auto", "flat", "ivf", "none"] = setting("auto", "Kind of the FAISS index over the vectors.")
+    index: Literal["auto", "flat", "ivf", "pq", "none"] = setting("auto", "Kind of the FAISS index over the vectors.")
+    index_memory: float | None = setting(
+        None, "GiB of memory that the index may take; four fifths of what is free when left out.", above=0
+    )
+    negatives: int | None = setting(
+        None,
+        "Hard negatives to mine for each row, of all documents; none, or as the store has them, when left out.",
+        at_least=1,
+    )
+    negatives_margin: float = setting(
+        0.05, "How far the guide's score of a mined negative is below the positive's at least.", at_least=0, at_most=2
+    )
+    negatives_margin_strategy: Literal["absolute", "relative"] = setting(
+        "relative", "Whether that margin is a score or a share of the positive's score."
+    )
 
     processes: int | None = setting(
         None, "Processes that embed, threads or GPUs shared out among them; one for each GPU when left out.", at_least=1
@@ -141,6 +155,8 @@ class PrecomputeSettings(Settings):
             refuse_bad_part(self.shards, self.shards)
         if not self.add_guide and (self.guide_weight != 1 or self.guide_score is not None):
             raise ConfigError("--guide-weight and --guide-score belong to a guide that is added: give --add-guide")
+        if self.negatives is None and (self.negatives_margin, self.negatives_margin_strategy) != (0.05, "relative"):
+            raise ConfigError("--negatives-margin and its strategy belong to mined negatives: give --negatives")
         refuse_unknown_device(self.device)
         refuse_options_of_other_guides(self, self.guide)
         if guide_kind(self.guide) == "server" and not self.guide_model:

@@ -52,6 +52,7 @@ def feed(
     *,
     spare_folder: Path,
     tokens_per_forward: int | None = None,
+    mined_negatives: int = 0,
     on_cpu: bool,
 ) -> tuple[InputForm, Collator]:
     """What the student takes, and the collator that makes batches of it; tokens are made where there are none.
@@ -62,6 +63,7 @@ def feed(
         prompts: Of the columns that have one.
         spare_folder: Takes the tokens when the store's folder cannot be written.
         tokens_per_forward: Of a pass at most, padding included; chosen for the device when None.
+        mined_negatives: To add to each row.
         on_cpu: Whether the student is on a CPU.
 
     Raises:
@@ -89,4 +91,4 @@ def feed(
     else:
         logger.info("forward passes of up to %d tokens", passes.budget)
     which = [distinct.index(prompt) for prompt in of_column]
-    return form, Collator(store, tokens, which, form.kind_of_prompt, passes)
+    return form, Collator(store, tokens, which, form.kind_of_prompt, passes, mined_negatives)

@@ -48,6 +48,7 @@ class TrainSettings(Settings):
     contrast_anchors: bool = setting(True, "Use other anchors as candidates.")
     contrast_positives: bool = setting(True, "Let positives meet other positives as candidates.")
     hard_only: bool = setting(False, "Also drop candidates that the student scores below the positive.")
+    mined_negatives: int = setting(0, "Hard negatives to add to each row, of those that the store has.", at_least=0)
     backend: Literal["auto", "reference", "chunked", "triton"] = setting("auto", "Implementation of the loss.")
     tokens_per_forward: int | None = setting(
         None, "Tokens of a forward pass, padding included; chosen for the device when left out.", at_least=1

@@ -78,6 +78,7 @@ def make_trainer(
         prompts,
         spare_folder=run.path,
         tokens_per_forward=settings.tokens_per_forward,
+        mined_negatives=settings.mined_negatives,
         on_cpu=pick_device(settings.device) == "cpu",
     )
     trainer = GuidedTrainer(

@@ -10,7 +10,11 @@ from sentence_transformers import SentenceTransformer
 
 from gistfast.collate import COUNTS, Collator, Rows
 from gistfast.feed import feed
+from gistfast.index_search import ExactSearch
+from gistfast.mining import mine
 from gistfast.store import GuideStore
+from gistfast.store.export import rows_with_negatives
+from gistfast.store.mined import MinedInfo
 from gistfast.student_input import TextSet
 
 # "automobile" is an anchor, a positive and a negative; two rows share a positive; "bank" comes twice.
@@ -83,6 +87,25 @@ def test_kinds_share_no_pass(student: SentenceTransformer, store: GuideStore, tm
     forwards = collator(np.arange(len(ROWS)))["texts"]["forwards"]
     assert forwards[:, 2].tolist() == sorted(forwards[:, 2])
     assert set(forwards[:, 2]) == {0, 1}
+
+
+def test_mined_negatives_stand_behind_the_columns_with_the_prompt_of_documents(
+    student: SentenceTransformer, store: GuideStore, tmp_path: Path
+) -> None:
+    info = MinedInfo(negatives=2, margin=0.0, margin_strategy="absolute", store_fingerprint=store.fingerprint)
+    mine(store, info, ExactSearch(store, "cpu"))
+    prompts = {"positive": "text: ", "negative_1": "text: "}
+    _, collator = feed(student, store, prompts, spare_folder=tmp_path, mined_negatives=2, on_cpu=True)
+    batch = collator(np.arange(len(ROWS)))
+    texts = TextSet(**batch["texts"])
+    ids = torch.from_numpy(rows_with_negatives(store, np.arange(len(ROWS)), 2))
+    assert ids.shape == (len(ROWS), 5)
+    assert torch.equal(batch["identity"], store.identity(ids))
+    assert torch.equal(batch["guide"][batch["places"]], store.gather(ids))
+    for entry, place in zip(ids[:, 3:].flatten().tolist(), batch["places"][:, 3:].flatten().tolist(), strict=True):
+        start, length = int(texts.starts[place]), int(texts.lengths[place])
+        expected = student.tokenizer("text: " + store.texts[entry], truncation=True)["input_ids"]
+        assert texts.tokens[start : start + length].tolist() == expected
 
 
 def test_rows_of_a_split_are_those_of_its_dataset(make_store: Callable[..., GuideStore]) -> None:

@@ -197,6 +197,20 @@ def test_negatives_are_candidates(run: Callable[..., TrainReport], guide_folder:
     assert set(report.dropped) == {"ap", "aa", "pp", "an"}
 
 
+def test_mined_negatives_are_candidates(run: Callable[..., TrainReport], guide_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    plain = make_store(folder, guide_folder)
+    with pytest.raises(StoreError, match="has no mined negatives"):
+        run(store=plain.path, mined_negatives=1)
+    store = make_store(folder, guide_folder, negatives=2, resume=True)
+    with pytest.raises(ConfigError, match="3 mined negatives are asked for"):
+        run(store=store.path, mined_negatives=3)
+    assert not (tmp_path / "student").exists()
+    report = run(store=store.path, mined_negatives=2, workers=1)
+    assert set(report.dropped) == {"ap", "aa", "pp", "an"}
+
+
 def test_evaluation_is_in_log_and_report(run: Callable[..., TrainReport]) -> None:
     report = run(eval_steps=2)
     evaluated = [record for record in records(report.path) if "eval_loss" in record]

@@ -5,6 +5,7 @@ Each step leaves on disk what it finished and skips what it finds there: a stopp
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from gistfast.engines.choice import Engine, start_engine
 from gistfast.engines.shards import WHOLE, Part
 from gistfast.errors import StoreError
 from gistfast.guide_kinds import guide_kind
-from gistfast.index import build_index, import_faiss
+from gistfast.index import build_index, import_faiss, remove_other_indexes
+from gistfast.index_search import choose_search
+from gistfast.mining import mine
 from gistfast.open_guide import open_guide
+from gistfast.pretrained import pick_device
 from gistfast.progress import progress
 from gistfast.same_guide import check_same_guide
 from gistfast.scores import score_pairs
 from gistfast.settings import build, to_dict
 from gistfast.store import GuideStore, StoreWriter
+from gistfast.store.mined import MinedInfo, mined_infos, remove_other_mined
 from gistfast.store.plan import FolderLock, is_store
 from gistfast.store.request import Mode
 from gistfast.store.shards import COMMITS
@@ -105,9 +110,33 @@ def _complete(writer: StoreWriter, settings: PrecomputeSettings) -> GuideStore:
         if not is_store(writer.path):
             # Another run was first, and the store has taken the place that was meant for it.
             return GuideStore.open(settings.out)
-        score_pairs(writer.store())
-        build_index(writer.store(), settings.index)
-        return GuideStore.open(writer.publish())
+        _add_findings(writer.store(), settings)
+        store = GuideStore.open(writer.publish())
+        # Readers of the store as it was may have used them until now.
+        remove_other_indexes(store)
+        remove_other_mined(store)
+        return store
+
+
+def _add_findings(store: GuideStore, settings: PrecomputeSettings) -> None:
+    """Write what follows from the vectors: scores of pairs, index, mined negatives; what is there is kept."""
+    score_pairs(store)
+    build_index(store, settings.index, settings.index_memory)
+    if info := _wanted_negatives(store, settings):
+        mine(store, info, choose_search(store, pick_device(settings.device)))
+
+
+def _wanted_negatives(store: GuideStore, settings: PrecomputeSettings) -> MinedInfo | None:
+    """What to mine; what was mined of the store last, before it grew, when nothing is asked for."""
+    if settings.negatives is None:
+        last = next(iter(mined_infos(store.path)), None)
+        return replace(last, store_fingerprint=store.fingerprint) if last else None
+    return MinedInfo(
+        negatives=settings.negatives,
+        margin=settings.negatives_margin,
+        margin_strategy=settings.negatives_margin_strategy,
+        store_fingerprint=store.fingerprint,
+    )
 
 
 def _open_rows(settings: PrecomputeSettings) -> RowSource:

@@ -34,6 +34,7 @@ from gistfast.pretrained import no_weight_bar
 from gistfast.run_folder import RunFolder, run_record, step_of
 from gistfast.run_picture import draw_run
 from gistfast.store import GuideStore
+from gistfast.store.export import check_negatives
 from gistfast.store.files import write_json
 from gistfast.student import check_learning_rates, load_student
 from gistfast.train_report import TrainReport, train_report
@@ -67,6 +68,8 @@ def train(store: str | Path, *, student: str | Path, out: str | Path, **options:
     settings = build(TrainSettings, {**options, "store": store, "student": student, "out": out})
     guide_store = GuideStore.open(settings.store)
     _check_rows(guide_store, settings.batch_size, settings.eval_steps)
+    if settings.mined_negatives:
+        check_negatives(guide_store, settings.mined_negatives)
     # Made here to be refused here: a store without tasks, clusters without faiss.
     StoreBatches(guide_store, settings.batching)
     run = RunFolder(Path(settings.out).expanduser())

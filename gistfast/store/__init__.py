@@ -5,6 +5,7 @@
     plan       what a store is becoming        keys      which texts were seen before
     ingest     rows to texts and ids           writer    rows in, vectors in
     reader     everything out                  replace   a new store takes an old one's place
+    scores     guide scores of pairs           mined     ranks and hard negatives of rows
 
 The layout on disk is written down in docs/store-format.md.
 """

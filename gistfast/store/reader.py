@@ -15,6 +15,7 @@ import torch
 from gistfast.errors import StoreError
 from gistfast.store.info import GuideScore
 from gistfast.store.manifest import Manifest
+from gistfast.store.mined import Mined, mined_info, read_mined
 from gistfast.store.plan import missing_vectors, read_finished
 from gistfast.store.replace import replacement_of
 from gistfast.store.shards import Shard, open_shard, pending_shards, read_commit
@@ -142,6 +143,25 @@ class GuideStore:
             )
         return _joined([self._shard(kind, shard).tensor(0, torch.float32).numpy() for shard in range(total)])
 
+    @cached_property
+    def mined_kind(self) -> str:
+        """The kind of shard that holds mined negatives.
+
+        Raises:
+            StoreError: When none were mined of this store.
+        """
+        if (info := mined_info(self.path, self.fingerprint)) is None:
+            raise StoreError(
+                f"{self.path} has no mined negatives: run `gistfast precompute ... --resume --negatives 8`"
+            )
+        return info.kind
+
+    @cached_property
+    def mined(self) -> Mined:
+        """Rank of each row's positive, false negatives and hard negatives among all documents; see `mined_kind`."""
+        shards = self.manifest.shards_of("rows")
+        return Mined.joined([read_mined(self._shard(self.mined_kind, shard)) for shard in shards])
+
     def rows_of(self, shard: int) -> Array:
         """Entry ids of the rows of one shard, (rows of the shard, C) int64, mapped."""
         ids: Array = self._shard("rows", shard).tensor(0, torch.int64).numpy()
@@ -191,18 +211,23 @@ class GuideStore:
             flat = self._identities[flat]
         return flat.view(ids.shape)
 
-    def to_dataset(self, split: Literal["train", "held_out"]) -> "Dataset":
+    def to_dataset(self, split: Literal["train", "held_out"], negatives: int = 0) -> "Dataset":
         """The rows of a split as a dataset for sentence-transformers' trainer.
 
         Columns: anchor, positive, negative_1, ... as text, and `label`, the list of their entry ids. It is
         written once to the cache folder of `datasets` and mapped from there.
 
+        Args:
+            split: Which rows.
+            negatives: Mined negatives to add to each row, as `gistfast.store.export.rows_with_negatives` has them.
+
         Raises:
-            StoreError: When the split has no rows.
+            ConfigError: When fewer negatives were mined.
+            StoreError: When the split has no rows, or nothing was mined.
         """
         from gistfast.store.export import dataset_of
 
-        return dataset_of(self, split)
+        return dataset_of(self, split, negatives)
 
     def verify(self) -> list[str]:
         """What is wrong with the files of the store, in plain words; empty when all is sound.

@@ -8,6 +8,7 @@ from gistfast.errors import StoreError
 from gistfast.progress import progress
 from gistfast.store.files import file_checksum
 from gistfast.store.manifest import Manifest
+from gistfast.store.mined import mined_info
 from gistfast.store.shards import committed_shards, open_shard, read_commit, shard_path
 
 
@@ -16,6 +17,11 @@ def problems_of(store: Path, manifest: Manifest) -> list[str]:
     problems = []
     # Scores are made last and may be absent altogether.
     kinds = [kind for kind in manifest.kinds if kind != manifest.scores or committed_shards(store, kind)]
+    try:
+        mined = mined_info(store, manifest.fingerprint)
+        kinds += [mined.kind] if mined else []
+    except StoreError as error:
+        problems.append(str(error))
     shards = [(kind, index) for kind in kinds for index in manifest.shards_of(kind)]
     with progress("checking the store", total=len(shards), unit="shards") as bar:
         for kind, index in shards:
