@@ -34,9 +34,9 @@ from gistfast.batches.compare import _scores, compare
 from gistfast.batches.compare import main as compare_main
 from gistfast.config import TrainSettings, build
 from gistfast.dataset import read_rows
+from gistfast.engines.shards import embed_shards
 from gistfast.errors import ConfigError, DependencyError, StoreError
 from gistfast.loss import GISTLoss
-from gistfast.stages.precompute import embed_texts
 from gistfast.stages.train import train
 from gistfast.store import GuideStore, StoreWriter
 from gistfast.trainer import GuidedTrainer
@@ -441,7 +441,7 @@ def test_comparison_scores_as_several_guides_do(
     source = read_rows(tmp_path / "store.jsonl")
     options: Any = {"mode": "add_guide", "guide_score": how, "guide_weight": 3.0}
     with StoreWriter.create(store.path, guide=guide.info, source=source, **options) as writer:
-        embed_texts(writer, guide)
+        embed_shards(writer.vectors, guide)
         both = GuideStore.open(writer.publish())
     ids = both.rows[:9]
     cosines = []
