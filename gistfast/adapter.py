@@ -96,3 +96,5 @@ def merge_adapter(model: "SentenceTransformer", folder: ModelFolder) -> None:
             "check adapter_config.json, or save the merged model with merge_and_unload"
         )
     adapted.merge_and_unload(safe_merge=True)
+    # peft froze the base, and a student is to be trained.
+    encoder.requires_grad_(True)

@@ -141,6 +141,7 @@ def test_hash_covers_adapter_and_base_and_not_where_they_are(adapter: Path, base
 
 def test_adapter_is_a_student_that_is_saved_as_a_whole_model(adapted_transformer: Path, tmp_path: Path) -> None:
     student = load_student(str(adapted_transformer), device="cpu")
+    assert all(weight.requires_grad for weight in student.parameters())
     student.save(str(tmp_path / "student"))
     saved = tmp_path / "student"
     assert (saved / "model.safetensors").is_file()
