@@ -1,6 +1,6 @@
 """A training step beside sentence-transformers': `python -m gistfast.step_bench`.
 
-The student is all-MiniLM-L6-v2 without dropout, the rows are docstrings of installed packages, first line and body, cut
+The student is all-MiniLM-L6-v2 without dropout, the rows are docstrings of installed packages, first line and text, cut
 at 256 tokens. Every contender is a process; they take their steps in turn, on the same rows. A step is all that a
 trainer's loop does. Memory is the most that the process has held.
 
@@ -15,9 +15,11 @@ import json
 import multiprocessing
 import platform
 import random
+import re
 import sys
 import sysconfig
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -125,22 +127,29 @@ def _chosen(options: argparse.Namespace, guides: dict[str, Path]) -> Iterator[Ca
         yield replace(case, contenders=wanted, steps=options.steps or case.steps)
 
 
+# What follows the first line where it is not a sentence: "Args: ...", "Parameters ------ ...", code and lists.
+_HEADING = re.compile(r"[^A-Z]|\w+( \w+)?\s*(:|---|===)")
+
+
 def docstring_pairs(num_rows: int) -> Iterator[tuple[str, str]]:
-    """First line and body of docstrings of the installed packages, always the same for the same packages."""
+    """First line and text of docstrings of the installed packages, always the same for the same packages."""
     files = sorted(Path(sysconfig.get_paths()["purelib"]).glob("*/**/*.py"))
     random.Random(0).shuffle(files)
     seen: set[str] = set()
     for file in files:
-        with suppress(SyntaxError, UnicodeDecodeError, ValueError):
+        with suppress(SyntaxError, UnicodeDecodeError, ValueError), warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-                    first, _, rest = (ast.get_docstring(node) or "").partition("\n")
-                    body = " ".join(rest.split())
-                    if len(first) > 15 and len(body) > 30 and first not in seen:
-                        seen.add(first)
-                        yield first, body
-                        if len(seen) == num_rows:
-                            return
+                if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                    continue
+                first, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
+                text = " ".join(rest.split())
+                new = first.endswith(".") and "\n" not in first and seen.isdisjoint({first, text[:50]})
+                if new and len(first) > 20 and len(text) > 40 and not _HEADING.match(text):
+                    seen |= {first, text[:50]}
+                    yield first, text
+                    if len(seen) == 2 * num_rows:
+                        return
 
 
 def make_store(case: Case, guide: Path, folder: Path) -> Path:

@@ -57,20 +57,24 @@ class Gate(TrainerCallback):
 
     def __init__(self, pipe: Connection) -> None:
         self.pipe = pipe
+        self.inside = False
         self._begin()
 
     def _begin(self) -> None:
         self.begun_s, self.begun_cpu_s, self.working_s = time.perf_counter(), time.process_time(), 0.0
 
     def time(self, owner: Any, name: str) -> None:
-        """Count the time that a method of `owner` takes as work that every trainer has to do."""
+        """Count the time that a method of `owner` takes, unless another one called it, as work that must be done."""
         method = getattr(owner, name)
 
         def timed(*arguments: Any, **options: Any) -> Any:
-            begun_s = time.perf_counter()
+            if self.inside:
+                return method(*arguments, **options)
+            self.inside, begun_s = True, time.perf_counter()
             try:
                 return method(*arguments, **options)
             finally:
+                self.inside = False
                 self.working_s += time.perf_counter() - begun_s
 
         setattr(owner, name, timed)

@@ -1,4 +1,4 @@
-"""How a student takes its texts: what tokenising gives, and how tokens become the features of one forward pass.
+"""How a student takes its texts: how tokens become the features of one forward pass.
 
 A sentence-transformers model says what it takes by what its `preprocess` gives for a few texts: token ids with a mask,
 padded on the right or on the left, or one row of ids with offsets (StaticEmbedding), and values that hold for all texts
@@ -7,28 +7,20 @@ of a pass. Tokens in that form are features again without tokenising anew.
 Shapes: N texts, F forward passes, T tokens.
 """
 
-import json
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import xxhash
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Router
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from gistfast.errors import ModelError
+from gistfast.tokenising import PROBES, tokenise
 
 Array = np.ndarray[Any, Any]
-
-# Of different lengths, so that one of them is padded.
-_PROBES = ("one", "two words", "a text that is longer than the others")
 
 _OTHER_WAY = "which `gistfast train` cannot do: train it with sentence-transformers' own trainer and gistfast.GISTLoss"
 
@@ -101,7 +93,7 @@ def input_form(model: SentenceTransformer, prompts: Sequence[str]) -> InputForm:
     """
     if isinstance(model[0], Router):
         raise ModelError(f"the student sends its texts by several routes, {_OTHER_WAY}")
-    probed = [model.preprocess(list(_PROBES), prompt=prompt or None) for prompt in prompts]
+    probed = [model.preprocess(list(PROBES), prompt=prompt or None) for prompt in prompts]
     constants = [_constants(model, features) for features in probed]
     kinds = [constants.index(values) for values in constants]
     tensors = {key: value for key, value in probed[0].items() if torch.is_tensor(value)}
@@ -114,7 +106,7 @@ def input_form(model: SentenceTransformer, prompts: Sequence[str]) -> InputForm:
     else:
         raise ModelError(f"the student takes {', '.join(probed[0])}, not to be made of stored tokens, {_OTHER_WAY}")
     for prompt, kind, features in zip(prompts, kinds, probed, strict=True):
-        if not same_features(model, form, kind, prompt, _PROBES, *tokenise(model, _PROBES, prompt)):
+        if not same_features(model, form, kind, prompt, PROBES, *tokenise(model, PROBES, prompt)):
             raise ModelError(f"the student takes {', '.join(features)}, not to be made of stored tokens, {_OTHER_WAY}")
     return form
 
@@ -144,48 +136,6 @@ def text_set(tokens: Array, lengths: Array, forwards: Array) -> TextSet:
         sizes=lengths,
         forwards=forwards,
     )
-
-
-def tokenise(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> tuple[Array, Array]:
-    """The student's tokens of some texts (T,), one text after the other, and how many each has (N,), int64."""
-    features = model.preprocess(list(texts), prompt=prompt or None)
-    ids = features["input_ids"]
-    if "attention_mask" in features:
-        inside = features["attention_mask"].bool()
-        return ids[inside].numpy(), inside.sum(dim=1).numpy()
-    bounds = [*features["offsets"].tolist(), len(ids)]
-    return ids.numpy(), np.array([end - start for start, end in pairwise(bounds)], np.int64)
-
-
-def tokenizer_record(model: SentenceTransformer) -> dict[str, Any]:
-    """All that decides which tokens a text has, and the largest id that can come up."""
-    module: Any = model[0]
-    tokenizer: Any = model.tokenizer
-    inner = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
-    digest = xxhash.xxh3_128()
-    if isinstance(inner, Tokenizer):
-        # How it was used last is part of its state, but not of what it is.
-        state = json.loads(inner.to_str()) | {"truncation": None, "padding": None}
-        digest.update(json.dumps(state, sort_keys=True).encode())
-    else:
-        for name, content in _saved_files(tokenizer):
-            digest.update(name.encode() + content)
-    return {
-        "tokenizer": digest.hexdigest(),
-        "special_tokens": {key: str(token) for key, token in getattr(tokenizer, "special_tokens_map", {}).items()},
-        "sides": [getattr(tokenizer, f"{what}_side", None) for what in ("padding", "truncation")],
-        "chat_template": getattr(tokenizer, "chat_template", None),
-        "max_length": str(model.max_seq_length),
-        "module": [type(module).__name__, module.get_config_dict()],
-        "largest_id": max(tokenizer.get_vocab().values()),
-    }
-
-
-def _saved_files(tokenizer: Any) -> Iterator[tuple[str, bytes]]:
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*")):
-            yield path.name, path.read_bytes() if path.is_file() else b""
 
 
 def _constants(model: SentenceTransformer, features: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,18 @@ from gistfast.errors import StoreError, first_line
 from gistfast.progress import Bar, progress
 from gistfast.store import GuideStore
 from gistfast.store.files import durable_file, write_json
-from gistfast.student_input import tokenise, tokenizer_record
+from gistfast.tokenising import Tokenise, quickest_tokeniser, tokenizer_record
 
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
-# Texts read at once: sorted by length they are tokenised with little padding.
+# Texts read at once, and tokenised at once: of about one length, for tokenizers that pad.
 _WINDOW = 8192
-_BATCH = 512
+_BATCH = 1024
+
+# Texts on which the quick way to tokenise has to show that it is right.
+_NUM_PROBED = 256
 
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -131,7 +134,8 @@ def _make(
         entries = _entries_of(store, columns)
         dtype = np.dtype(np.uint16 if record["largest_id"] < 1 << 16 else np.int32)
         with progress("tokenising", total=len(entries), unit="texts") as bar:
-            lengths = _write_ids(model, store, prompt, entries, dtype, temporary / "ids.npy", bar)
+            tokenise = quickest_tokeniser(model, prompt, store.texts.take(entries[:_NUM_PROBED]))
+            lengths = _write_ids(tokenise, store, entries, dtype, temporary / "ids.npy", bar)
         with durable_file(temporary / "offsets.npy") as file:
             np.save(file, np.concatenate([[0], np.cumsum(lengths)]))
         write_json(temporary / "tokens.json", record | {"tokens": int(lengths.sum())})
@@ -145,13 +149,7 @@ def _make(
 
 
 def _write_ids(
-    model: SentenceTransformer,
-    store: GuideStore,
-    prompt: str,
-    entries: Array,
-    dtype: "np.dtype[Any]",
-    path: Path,
-    bar: Bar,
+    tokenise: Tokenise, store: GuideStore, entries: Array, dtype: "np.dtype[Any]", path: Path, bar: Bar
 ) -> Array:
     """Write the tokens of the entries (N,); returns the number of each entry of the store, (E,) int64."""
     lengths = np.zeros(store.num_texts, np.int64)
@@ -159,7 +157,7 @@ def _write_ids(
         _write_header(file, dtype, 0)
         for first in range(0, len(entries), _WINDOW):
             window = entries[first : first + _WINDOW]
-            tokens, lengths[window] = _tokenise_window(model, store.texts.take(window), prompt)
+            tokens, lengths[window] = _tokenise_window(tokenise, store.texts.take(window))
             file.write(tokens.astype(dtype).tobytes())
             bar.advance(len(window))
         # NumPy leaves room in the header for the number to grow.
@@ -178,21 +176,18 @@ def _entries_of(store: GuideStore, columns: Sequence[int]) -> Array:
     return np.flatnonzero(held)
 
 
-def _tokenise_window(model: SentenceTransformer, texts: list[str], prompt: str) -> tuple[Array, Array]:
+def _tokenise_window(tokenise: Tokenise, texts: list[str]) -> tuple[Array, Array]:
     """The tokens of texts, one after the other in their order, and how many each has."""
     order = np.argsort([len(text) for text in texts], kind="stable")
-    batches = list(_batches(model, [texts[place] for place in order], prompt))
+    batches = [
+        tokenise([texts[place] for place in order[first : first + _BATCH]]) for first in range(0, len(order), _BATCH)
+    ]
     tokens, lengths = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     starts = np.empty(len(order), np.int64)
     starts[order] = np.cumsum(lengths) - lengths
     in_order = np.empty_like(lengths)
     in_order[order] = lengths
     return joined_pieces(tokens, starts, in_order), in_order
-
-
-def _batches(model: SentenceTransformer, texts: list[str], prompt: str) -> Iterator[tuple[Array, Array]]:
-    for first in range(0, len(texts), _BATCH):
-        yield tokenise(model, texts[first : first + _BATCH], prompt)
 
 
 def _mapped(path: Path) -> Array:

@@ -1,5 +1,6 @@
 """Features made of tokens are those that the student makes of texts."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Router, 
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from gistfast.errors import ModelError
-from gistfast.student_input import input_form, same_features, text_set, tokenise, tokenizer_record
+from gistfast.student_input import input_form, same_features, text_set
+from gistfast.tokenising import quickest_tokeniser, tokenise, tokenizer_record
 
 TEXTS = [
     "oak",
@@ -60,6 +62,29 @@ STUDENTS = [as_it_is, padded_left, without_fast_tokenizer, static, prompt_left_o
 def student(request: pytest.FixtureRequest, bert: SentenceTransformer, tmp_path: Path) -> SentenceTransformer:
     made: SentenceTransformer = request.param(bert, tmp_path / "encoder")
     return made
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT])
+def test_quick_tokens_are_the_students_own(
+    student: SentenceTransformer, prompt: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "gistfast"):
+        quick = quickest_tokeniser(student, prompt, TEXTS)
+    slow = isinstance(student.tokenizer, ByT5Tokenizer)
+    assert ("takes longer" in caplog.text) == slow
+    for found, expected in zip(quick(TEXTS), tokenise(student, TEXTS, prompt), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_student_that_rewrites_its_texts_tokenises_by_itself(
+    bert: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    preprocess = bert.preprocess
+    monkeypatch.setattr(bert, "preprocess", lambda texts, **options: preprocess([f"{t}!" for t in texts], **options))
+    with caplog.at_level(logging.INFO, "gistfast"):
+        quick = quickest_tokeniser(bert, "", [])
+    assert "takes longer" in caplog.text
+    assert quick(["oak"])[0].tolist() == bert.tokenizer("oak!")["input_ids"]
 
 
 @pytest.mark.parametrize("prompt", ["", PROMPT])

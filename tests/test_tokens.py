@@ -85,7 +85,7 @@ def test_texts_of_other_columns_are_left_out(make: Callable[..., Tokens], store:
 
 def test_tokens_are_made_once(make: Callable[..., Tokens], monkeypatch: pytest.MonkeyPatch) -> None:
     made = make()
-    monkeypatch.setattr(module, "tokenise", refuse)
+    monkeypatch.setattr(module, "quickest_tokeniser", refuse)
     assert make().path == made.path
 
 
@@ -118,7 +118,7 @@ def test_tokens_go_to_the_run_where_the_store_cannot_be_written(
         made = make()
     assert made.path.parent == tmp_path / "run" / "tokens"
     assert "cannot be written (Read-only file system)" in caplog.text
-    monkeypatch.setattr(module, "tokenise", refuse)
+    monkeypatch.setattr(module, "quickest_tokeniser", refuse)
     assert make().path == made.path
 
 
@@ -128,7 +128,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     def full(*arguments: Any, **options: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "tokenise", full)
+    monkeypatch.setattr(module, "quickest_tokeniser", full)
     with pytest.raises(StoreError, match="No space left on device: make room") as caught:
         make()
     assert "\n" not in str(caught.value)
