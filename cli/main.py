@@ -113,6 +113,30 @@ def _bench_step(context: typer.Context) -> None:
         raise typer.Exit(main(context.args))
 
 
+@bench.command("precompute", context_settings=_PASS_ON)
+def _bench_precompute(context: typer.Context) -> None:
+    """Texts embedded a second, against sentence-transformers.
+
+    Options are those of the benchmark: `gistfast bench precompute -- --help` lists them.
+    """
+    from gistfast.guide_bench import main
+
+    with errors_in_one_line():
+        raise typer.Exit(main(context.args))
+
+
+@bench.command("memory", context_settings=_PASS_ON)
+def _bench_memory(context: typer.Context) -> None:
+    """Memory of precompute, and how soon a stopped run goes on.
+
+    Options are those of the benchmark: `gistfast bench memory -- --help` lists them.
+    """
+    from gistfast.memory_bench import main
+
+    with errors_in_one_line():
+        raise typer.Exit(main(context.args))
+
+
 class ConsoleHandler(logging.Handler):
     """Writes log lines through the console of the bars, unwrapped."""
 

@@ -80,7 +80,7 @@ class PrecomputeSettings(Settings):
         None, "Tokens of a text that the guide sees; its own limit when left out.", at_least=3
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "Precision that the guide computes in; auto is bfloat16 on a GPU that has it."
+        "auto", "Precision that the guide computes in; auto is bfloat16 where the GPU or processor multiplies it."
     )
     store_dtype: Literal["float16", "float32"] = setting("float16", "Precision of the stored vectors.")
     guide_revision: str | None = setting(None, "Revision of a guide from the hub.")
@@ -90,7 +90,9 @@ class PrecomputeSettings(Settings):
     )
     device: str = setting("auto", "Device of the guide: auto, cpu, cuda or cuda:N.")
     tokens_per_batch: int | None = setting(
-        None, "Tokens of a forward pass; chosen for the device when left out.", at_least=1
+        None,
+        "Tokens of a forward pass; when left out 1024 on a CPU, measured at the start on a GPU.",
+        at_least=1,
     )
     guide_model: str | None = setting(None, "What an embedding server calls the model; a server needs it.")
     server_concurrency: int = setting(8, "Requests on their way to an embedding server at once.", at_least=1)

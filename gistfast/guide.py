@@ -1,33 +1,41 @@
-"""Texts to guide vectors: sorted by length, cut into batches by tokens, given back in order.
+"""A model as a guide: texts in, vectors out, as fast as the device computes them.
 
-# N texts, L tokens of a text, G guide width
+Texts are tokenised in a background thread, a window ahead of the forward passes. On a CPU the passes run side by
+side, one thread each, which wastes less than many threads in one pass; on a GPU one follows the other.
+
+# N texts, G guide width
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from itertools import chain
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 
-from gistfast.errors import VectorError
+from gistfast.ahead import run_ahead
+from gistfast.batch_done import BatchDone, OnBatch
+from gistfast.directions import Vectors, shown, unit_vectors
+from gistfast.errors import ModelError
 from gistfast.guide_info import Role, describe_guide
 from gistfast.model_folder import model_folder
+from gistfast.packed_linear import can_pack, pack_linears
+from gistfast.precision import Precision, choose_precision, pool_in_float32, precision_of
 from gistfast.pretrained import Pooling, load_sentence_transformer, pick_device
+from gistfast.spelling import StudentSpelling
 from gistfast.store import GuideInfo
+from gistfast.token_batches import CHARS_PER_WINDOW, Padding, TokenBatch, TokenWindow, cut_windows, tokenise
+from gistfast.token_budget import TOKENS_PER_CPU_BATCH, TOKENS_PER_GPU_BATCH, measure_budget
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
-
-# A CPU is fastest when a batch fits its caches; a GPU wants many rows at once.
-TOKENS_PER_CPU_BATCH = 1024
-TOKENS_PER_GPU_BATCH = 32_768
-
-# Texts tokenised at once: enough to sort by length, few enough to pad to the longest.
-WINDOW = 512
+# A window holds so many characters for each token of the budget: about 16 batches.
+WINDOW_CHARS_PER_TOKEN = 64
 
 
 class Guide(Protocol):
@@ -37,9 +45,7 @@ class Guide(Protocol):
     def info(self) -> GuideInfo:
         """What the vectors depend on."""
 
-    def embed(
-        self, texts: Sequence[str], role: Role, on_batch: Callable[[int], None] | None = None
-    ) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    def embed(self, texts: Sequence[str], role: Role, on_batch: OnBatch | None = None) -> Vectors:
         """The vectors (N, G) of the texts, in their order and of length 1."""
 
 
@@ -51,13 +57,23 @@ class ModelGuide:
         model: SentenceTransformer,
         info: GuideInfo,
         *,
-        tokens_per_batch: int,
+        tokens_per_batch: int | None = None,
         respell: Callable[[list[str]], list[str]] | None = None,
     ) -> None:
+        """Take a loaded model; `load_guide` loads and describes one.
+
+        Args:
+            model: In evaluation mode, on its device.
+            info: From `describe_guide`.
+            tokens_per_batch: Tokens of one forward pass; chosen for the device when None.
+            respell: Called with the texts of a window before they are tokenised.
+        """
         self._model = model
         self._info = info
-        self._tokens_per_batch = tokens_per_batch
+        self._on_cpu = model.device.type == "cpu"
+        self._tokens_per_batch = tokens_per_batch or (TOKENS_PER_CPU_BATCH if self._on_cpu else None)
         self._respell = respell
+        self._padding = Padding.of(model)
         self._prompts: dict[Role, str] = {"query": info.query_prompt, "document": info.document_prompt}
 
     @property
@@ -65,92 +81,87 @@ class ModelGuide:
         """What the vectors depend on."""
         return self._info
 
-    def embed(
-        self, texts: Sequence[str], role: Role, on_batch: Callable[[int], None] | None = None
-    ) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    def embed(self, texts: Sequence[str], role: Role, on_batch: OnBatch | None = None) -> Vectors:
         """The vectors (N, G) of the texts, in their order, of length 1, fp32.
-
-        The longest texts come first: a batch that does not fit in memory fails at once, not after hours.
 
         Args:
             texts: N texts, without prompts.
             role: Whose prompt stands before each of them.
-            on_batch: Called with the number of texts of each batch that is done.
+            on_batch: Called with each batch that is done.
 
         Raises:
+            ModelError: When a batch does not fit in the GPU's memory.
             VectorError: When a vector is zero or not finite; its text is named.
         """
         vectors = np.empty((len(texts), self._info.width), np.float32)
-        by_length = sorted(range(len(texts)), key=lambda number: len(texts[number]), reverse=True)
-        for start in range(0, len(texts), WINDOW):
-            numbers = np.array(by_length[start : start + WINDOW])
-            window = [texts[number] for number in numbers]
-            for rows, batch in self._embed_window(window, role):
-                lengths = _checked_lengths(batch, [window[row] for row in rows], self._info.name)
-                vectors[numbers[rows]] = batch / lengths[:, None]
+
+        def name_of(number: int) -> str:
+            return f"guide {self._info.name}, text {shown(texts[number])}"
+
+        with closing(self._embedded_batches(texts, role)) as batches:
+            for batch, part in batches:
+                advice = "remove the text, or try --dtype float32"
+                vectors[batch.numbers] = unit_vectors(part, batch.numbers, name_of, advice)
                 if on_batch is not None:
-                    on_batch(len(rows))
+                    on_batch(BatchDone(len(part), batch.num_tokens, batch.num_padded))
         return vectors
 
-    @torch.inference_mode()
-    def _embed_window(
-        self, texts: list[str], role: Role
-    ) -> Iterator[tuple["np.ndarray[Any, Any]", "np.ndarray[Any, np.dtype[np.float32]]"]]:
+    def _embedded_batches(self, texts: Sequence[str], role: Role) -> Generator[tuple[TokenBatch, Vectors], None, None]:
+        """Every batch with its vectors, as they come from the model."""
+        if not len(texts):
+            return
+        budget = self._budget(texts, role)
+
+        def tokenised(numbers: Any) -> TokenWindow:
+            return self._tokenise(texts, numbers, role)
+
+        def embedded(batch: TokenBatch) -> tuple[TokenBatch, Vectors]:
+            try:
+                return batch, self._forward(batch)
+            except torch.OutOfMemoryError as error:
+                raise ModelError(
+                    f"guide {self._info.name}: a batch of {batch.num_padded:,} tokens does not fit in the GPU's "
+                    "memory: give a smaller --tokens-per-batch, or --max-length"
+                ) from error
+
+        windows = cut_windows(texts, max(CHARS_PER_WINDOW, WINDOW_CHARS_PER_TOKEN * budget))
+        num_forwards = torch.get_num_threads() if self._on_cpu else 1
+        with ThreadPoolExecutor(1, "gistfast-tokenise") as tokenisers, _forward_threads(num_forwards) as forwards:
+            ahead = run_ahead(tokenisers, tokenised, windows, num_ahead=1)
+            batches = chain.from_iterable(window.batches(budget) for window in ahead)
+            yield from run_ahead(forwards, embedded, batches, num_ahead=2 * num_forwards)
+
+    def _tokenise(self, texts: Sequence[str], numbers: Any, role: Role) -> TokenWindow:
+        window = [texts[number] for number in numbers]
         if self._respell is not None:
-            texts = self._respell(texts)
-        features = self._model.preprocess(texts, prompt=self._prompts[role] or None)
-        for rows, batch in token_batches(features, self._tokens_per_batch):
-            output = self._model(batch_to_device(batch, self._model.device))
-            # Models that say so in their settings keep only the first numbers of a vector.
-            vectors = output["sentence_embedding"][:, : self._info.width]
-            yield rows.numpy(), vectors.float().cpu().numpy()
+            window = self._respell(window)
+        return tokenise(self._model, window, numbers, self._prompts[role], self._padding)
+
+    @torch.inference_mode()
+    def _forward(self, batch: TokenBatch) -> Vectors:
+        output = self._model(batch_to_device(dict(batch.features), self._model.device))
+        # Models that say so in their settings keep only the first numbers of a vector.
+        vectors: Vectors = output["sentence_embedding"][:, : self._info.width].float().cpu().numpy()
+        return vectors
+
+    def _budget(self, texts: Sequence[str], role: Role) -> int:
+        """Tokens of a batch; on a GPU measured once, on the longest of the first texts that are enough for it."""
+        if self._tokens_per_batch is None and self._padding is not None:
+            numbers = cut_windows(texts, WINDOW_CHARS_PER_TOKEN * TOKENS_PER_GPU_BATCH)[0]
+            self._tokens_per_batch = measure_budget(self._tokenise(texts, numbers, role), self._forward)
+        return self._tokens_per_batch or TOKENS_PER_GPU_BATCH
 
 
-def token_batches(features: dict[str, Any], tokens_per_batch: int) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """Batches of at most `tokens_per_batch` tokens, padding included: row numbers and their features.
-
-    Rows are sorted by length, longest first, and each batch is cut to its own longest row; a row longer than
-    the budget is a batch of its own. Features without an attention mask hold no padding: they are one batch.
-
-    Args:
-        features: Of a tokenised window; tensors (N, L), and values that hold for all rows.
-        tokens_per_batch: The budget.
-    """
-    mask = features.get("attention_mask")
-    if mask is None:
-        yield torch.arange(len(features["offsets"])), features
-        return
-    lengths, order = mask.sum(dim=1).sort(descending=True, stable=True)
-    padded_left = bool(mask[:, -1].all())
-    start = 0
-    while start < len(order):
-        longest = max(int(lengths[start]), 1)
-        rows = order[start : start + max(tokens_per_batch // longest, 1)]
-        columns = slice(-longest, None) if padded_left else slice(longest)
-        yield rows, {key: _cut(value, rows, columns, mask.shape) for key, value in features.items()}
-        start += len(rows)
-
-
-def _cut(value: Any, rows: torch.Tensor, columns: slice, shape: torch.Size) -> Any:
-    """The rows and columns of what is given for each token; what holds for all rows, as it is."""
-    return value[rows][:, columns] if torch.is_tensor(value) and value.shape == shape else value
-
-
-def _checked_lengths(
-    vectors: "np.ndarray[Any, np.dtype[np.float32]]", texts: list[str], guide: str
-) -> "np.ndarray[Any, np.dtype[np.float32]]":
-    """The lengths of the vectors, each finite and above 0."""
-    lengths: np.ndarray[Any, np.dtype[np.float32]] = np.linalg.norm(vectors, axis=1)
-    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-    if len(bad):
-        text = texts[bad[0]]
-        shown = repr(text if len(text) <= 80 else text[:77] + "...")
-        what = "has length 0" if lengths[bad[0]] == 0 else "is not finite"
-        raise VectorError(
-            f"guide {guide}: the vector of the text {shown} {what}, expected a direction: "
-            "remove the text, or try --dtype float32"
-        )
-    return lengths
+@contextmanager
+def _forward_threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads in each of which PyTorch computes with one thread."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(num_threads, "gistfast-forward", initializer=lambda: torch.set_num_threads(1)) as pool:
+            yield pool
+    finally:
+        # Threads started later would otherwise be given one.
+        torch.set_num_threads(before)
 
 
 def load_guide(
@@ -175,11 +186,12 @@ def load_guide(
         query_prompt: Stands before anchors; the model's own prompt when None, none when empty.
         document_prompt: Stands before positives and negatives, likewise.
         max_length: Tokens of a text that the guide sees; its own limit when None.
-        dtype: Precision to compute in. "auto" is bfloat16 on a GPU that has it, else float32.
+        dtype: Precision to compute in. "auto" is bfloat16 where the GPU or the processor multiplies it, else float32.
         revision: Branch, tag or commit of a hub id.
         device: "auto", "cpu", "cuda" or "cuda:N".
         trust_remote_code: Whether code that comes with the model may run.
-        tokens_per_batch: Tokens of one forward pass, padding included; chosen for the device when None.
+        tokens_per_batch: Tokens of one forward pass, padding included. When None, 1,024 on a CPU, and on a GPU
+            the fastest of a few that are tried on the first texts.
         decode_with: A student whose tokenizer cuts and respells each text first: a guide that lives in the
             training process is given the student's tokens, decoded.
 
@@ -189,15 +201,16 @@ def load_guide(
     """
     folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code)
     device = pick_device(device)
-    precision = _choose_precision(dtype, device)
     model = load_sentence_transformer(
         folder,
         pooling=pooling,
         max_length=max_length,
-        dtype=getattr(torch, precision),
+        dtype=getattr(torch, choose_precision(dtype, device)),
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    # What the model has: static embeddings know fp32 only.
+    precision = precision_of(model)
     spelling = None if decode_with is None else StudentSpelling(decode_with, trust_remote_code)
     info = describe_guide(
         model,
@@ -207,36 +220,10 @@ def load_guide(
         compute_dtype=precision,
         decoded_with=None if spelling is None else spelling.name,
     )
-    on_cpu = torch.device(device).type == "cpu"
-    budget = tokens_per_batch or (TOKENS_PER_CPU_BATCH if on_cpu else TOKENS_PER_GPU_BATCH)
-    logger.info("guide on %s in %s, %d tokens a batch", device, precision, budget)
-    return ModelGuide(model, info, tokens_per_batch=budget, respell=spelling)
-
-
-class StudentSpelling:
-    """Texts as a student's tokenizer spells them: cut at its limit, tokenised and decoded.
-
-    Attributes:
-        name: The student, and the hash of its tokenizer.
-    """
-
-    def __init__(self, student: str, trust_remote_code: bool = False) -> None:
-        folder = model_folder(student, trust_remote_code=trust_remote_code)
-        self.name = f"{folder.name}@{folder.tokenizer_hash()}"
-        # Loaded whole, because only the model itself knows where it cuts a text.
-        pooling: Pooling | None = None if folder.is_sentence_transformer else "mean"
-        model = load_sentence_transformer(folder, pooling=pooling, device="cpu", trust_remote_code=trust_remote_code)
-        self._tokenizer = model.tokenizer
-
-    def __call__(self, texts: list[str]) -> list[str]:
-        """The texts, respelled."""
-        ids = self._tokenizer(texts, truncation=True)["input_ids"]
-        respelled: list[str] = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return respelled
-
-
-def _choose_precision(dtype: Precision, device: str) -> str:
-    if dtype != "auto":
-        return dtype
-    on_gpu = torch.device(device).type == "cuda"
-    return "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    chosen = ", which it multiplies fastest" if dtype == "auto" and precision == "bfloat16" else ""
+    logger.info("guide on %s in %s%s", device, precision, chosen)
+    if precision != "float32":
+        pool_in_float32(model)
+    if can_pack(model):
+        pack_linears(model)
+    return ModelGuide(model, info, tokens_per_batch=tokens_per_batch, respell=spelling)

@@ -5,12 +5,13 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from gistfast.batch_done import BatchDone, OnBatch
 from gistfast.directions import Vectors, shown
 from gistfast.errors import DataError
 from gistfast.formats import RowFile
@@ -48,13 +49,13 @@ class ReadyGuide:
         """What the vectors depend on."""
         return self._info
 
-    def embed(self, texts: Sequence[str], role: Role, on_batch: Callable[[int], None] | None = None) -> Vectors:
+    def embed(self, texts: Sequence[str], role: Role, on_batch: OnBatch | None = None) -> Vectors:
         """The vectors (N, G) of the texts, in their order, of length 1.
 
         Args:
             texts: N texts.
             role: Whose prompt stands before each of them in the files.
-            on_batch: Called with the number of texts of each part that was read.
+            on_batch: Called with each part that was read.
 
         Raises:
             DataError: When a text has no vector, or a row holds none; the text or row is named.
@@ -69,7 +70,8 @@ class ReadyGuide:
                 f"{shown(prompt + texts[lacking[0]])}: add them, or give --query-prompt and --document-prompt "
                 "where texts there begin with a prompt"
             )
-        return take_directions(self._vectors, places, on_batch)
+        on_part = None if on_batch is None else lambda count: on_batch(BatchDone(count))
+        return take_directions(self._vectors, places, on_part)
 
 
 def load_ready_guide(

@@ -5,10 +5,11 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from gistfast.batch_done import BatchDone, OnBatch
 from gistfast.directions import Vectors, shown, unit_vectors
 from gistfast.embedding_server import EmbeddingServer
 from gistfast.errors import ConfigError, ModelError
@@ -45,7 +46,7 @@ class ServerGuide:
         """What the vectors depend on, as far as a server lets it be known."""
         return self._info
 
-    def embed(self, texts: Sequence[str], role: Role, on_batch: Callable[[int], None] | None = None) -> Vectors:
+    def embed(self, texts: Sequence[str], role: Role, on_batch: OnBatch | None = None) -> Vectors:
         """The vectors (N, G) of the texts, in their order, of length 1.
 
         The longest texts come first: one that the server does not take stops the work at once. When it stops,
@@ -54,7 +55,7 @@ class ServerGuide:
         Args:
             texts: N texts, without prompts.
             role: Whose prompt stands before each of them.
-            on_batch: Called with the number of texts of each answer.
+            on_batch: Called with the texts of each answer.
 
         Raises:
             ModelError: When the server refuses, keeps failing, or answers something else than vectors.
@@ -72,7 +73,7 @@ class ServerGuide:
                 vectors[numbers] = self._directions(answer, [texts[number] for number in numbers])
                 left -= len(numbers)
                 if on_batch is not None:
-                    on_batch(len(numbers))
+                    on_batch(BatchDone(len(numbers)))
         return vectors
 
     def _directions(self, answer: Vectors, texts: list[str]) -> Vectors:

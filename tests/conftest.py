@@ -118,7 +118,7 @@ class RandomGuide:
         self.num_embedded = 0
 
     def embed(
-        self, texts: Sequence[str], role: str, on_batch: Callable[[int], None] | None = None
+        self, texts: Sequence[str], role: str, on_batch: object = None
     ) -> "np.ndarray[Any, np.dtype[np.float32]]":
         """One vector of length 1 a text."""
         import numpy as np

@@ -66,7 +66,7 @@ def copy_of(folder: Path, to: Path) -> Path:
 
 
 def test_plain_adapter_gives_what_peft_gives(adapter: Path, adapted: Any, base: Path) -> None:
-    vectors = load_guide(str(adapter), pooling="cls").embed(TEXTS, "query")
+    vectors = load_guide(str(adapter), pooling="cls", dtype="float32").embed(TEXTS, "query")
     assert np.abs(vectors - load_guide(str(base), pooling="cls").embed(TEXTS, "query")).max() > 0.01
     tokenizer = AutoTokenizer.from_pretrained(base)
     with torch.inference_mode():
@@ -77,7 +77,7 @@ def test_plain_adapter_gives_what_peft_gives(adapter: Path, adapted: Any, base: 
 
 
 def test_adapter_within_sentence_transformers_gives_what_it_gives_there(adapted_transformer: Path) -> None:
-    guide = load_guide(str(adapted_transformer))
+    guide = load_guide(str(adapted_transformer), dtype="float32")
     peer = SentenceTransformer(str(adapted_transformer), device="cpu")
     expected = peer.encode(TEXTS, prompt_name="query", normalize_embeddings=True)
     np.testing.assert_allclose(guide.embed(TEXTS, "query"), expected, atol=2e-6)
@@ -103,7 +103,7 @@ def test_adapter_of_a_model_with_a_head_fits_its_encoder(base: Path, tmp_path: P
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
     model = peft.get_peft_model(headed, lora(task_type="SEQ_CLS")).eval()
     model.save_pretrained(tmp_path / "adapter")
-    guide = load_guide(str(tmp_path / "adapter"), pooling="cls")
+    guide = load_guide(str(tmp_path / "adapter"), pooling="cls", dtype="float32")
     tokens = AutoTokenizer.from_pretrained(base)("river", return_tensors="pt")
     with torch.inference_mode():
         hidden = headed.bert(**tokens).last_hidden_state[:, 0]

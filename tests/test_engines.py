@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import RandomGuide
 
+from gistfast.batch_done import BatchDone, OnBatch
 from gistfast.dataset import read_rows
 from gistfast.engines.claims import claim
 from gistfast.engines.shards import Part, embed_shards
@@ -63,11 +64,11 @@ class SlowGuide(RandomGuide):
         super().__init__()
         self.seconds = seconds
 
-    def embed(self, texts: Sequence[str], role: str, on_batch: Callable[[int], None] | None = None) -> Any:
+    def embed(self, texts: Sequence[str], role: str, on_batch: OnBatch | None = None) -> Any:
         for _ in texts:
             time.sleep(self.seconds)
             if on_batch is not None:
-                on_batch(1)
+                on_batch(BatchDone(1))
         return super().embed(texts, role)
 
 
@@ -131,13 +132,13 @@ def test_part_is_every_nth_shard(begin: Callable[..., VectorShards]) -> None:
 
 
 def test_interrupted_worker_commits_what_it_has_and_leaves_the_rest(begin: Callable[..., VectorShards]) -> None:
-    def interrupt(count: int) -> None:
+    def interrupt(done: BatchDone) -> None:
         if committed(vectors) == 2:
             raise KeyboardInterrupt
 
     vectors = begin()
     with pytest.raises(KeyboardInterrupt):
-        embed_shards(vectors, SlowGuide(), on_texts=interrupt)
+        embed_shards(vectors, SlowGuide(), on_batch=interrupt)
     assert 2 <= committed(vectors) <= 3
     # Nothing stays locked, and nothing is repeated.
     left, guide = len(vectors.pending()), RandomGuide()
@@ -156,16 +157,16 @@ def test_shard_is_written_while_the_next_is_embedded(
         assert embedding_again.wait(10)
         return original(vectors, shard, array)
 
-    def on_texts(count: int) -> None:
+    def on_batch(done: BatchDone) -> None:
         nonlocal embedded
-        embedded += count
+        embedded += done.num_texts
         if embedded > TEXTS_PER_SHARD:
             embedding_again.set()
 
     embedded = 0
     monkeypatch.setattr(VectorShards, "write", write)
     vectors = begin()
-    embed_shards(vectors, SlowGuide(), on_texts=on_texts)
+    embed_shards(vectors, SlowGuide(), on_batch=on_batch)
     assert vectors.pending() == []
 
 
@@ -178,7 +179,7 @@ def test_full_disk_stops_the_run_while_the_next_shard_is_embedded(
     monkeypatch.setattr(VectorShards, "write", fail)
     vectors, seen = begin(), []
     with pytest.raises(StoreError, match="No space left"):
-        embed_shards(vectors, SlowGuide(0.05), on_texts=seen.append)
+        embed_shards(vectors, SlowGuide(0.05), on_batch=seen.append)
     # Before the second shard was through.
     assert len(seen) < 2 * TEXTS_PER_SHARD
 
@@ -199,7 +200,7 @@ def test_worker_with_another_guide_is_refused_by_the_field(begin: Callable[..., 
 
 def test_vector_error_is_the_workers(begin: Callable[..., VectorShards]) -> None:
     class Broken(RandomGuide):
-        def embed(self, texts: Sequence[str], role: str, on_batch: Callable[[int], None] | None = None) -> Any:
+        def embed(self, texts: Sequence[str], role: str, on_batch: OnBatch | None = None) -> Any:
             return super().embed(texts, role) * 0
 
     with pytest.raises(VectorError, match="a zero vector"):

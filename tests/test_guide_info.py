@@ -41,7 +41,7 @@ def test_modules_after_the_pooling_are_part_of_its_name(tiny_student: Path, tmp_
     model = SentenceTransformer(str(tiny_student), device="cpu")
     model.append(modules.Dense(32, 12))
     model.append(modules.Normalize())
-    guide = load_guide(save(model, tmp_path / "dense"))
+    guide = load_guide(save(model, tmp_path / "dense"), dtype="float32")
     assert (guide.info.pooling, guide.info.width) == ("mean, dense", 12)
     np.testing.assert_allclose(guide.embed(TEXTS, "query"), model.encode(TEXTS), atol=2e-6)
 

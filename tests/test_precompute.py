@@ -80,7 +80,7 @@ def state_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_store_holds_what_the_guide_gives(pairs: Pairs, pairs_file: Path, guide_folder: Path, out: Path) -> None:
-    store = precompute(pairs_file, guide=guide_folder, out=out, store_dtype="float32")
+    store = precompute(pairs_file, guide=guide_folder, out=out, store_dtype="float32", dtype="float32")
     texts = list(store.texts)
     assert len(texts) == len({text for pair in pairs for text in pair})
     assert [tuple(texts[entry] for entry in row) for row in store.rows] == pairs
@@ -114,7 +114,7 @@ def test_half_precision_store_is_within_its_rounding(pairs_file: Path, tiny_stud
 def test_prompts_reach_the_texts_of_their_role(tmp_path: Path, tiny_student: Path, out: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text(json.dumps({"anchor": "river", "positive": "river"}))
-    store = precompute(source, guide=tiny_student, out=out, guide_prompt="d: ", query_prompt="q: ")
+    store = precompute(source, guide=tiny_student, out=out, guide_prompt="d: ", query_prompt="q: ", dtype="float32")
     anchor, positive = store.rows[0].tolist()
     assert anchor != positive
     assert store.identity(torch.tensor([anchor])) == store.identity(torch.tensor([positive]))
@@ -233,7 +233,7 @@ def test_resuming_a_finished_store_embeds_nothing(
         ({"document_prompt": "doc: "}, "guide.document_prompt"),
         ({"pooling": "cls"}, "guide.pooling: store has 'mean', asked for 'cls'"),
         ({"max_length": 7}, "guide.max_length: store has 32, asked for 7"),
-        ({"dtype": "bfloat16"}, "guide.compute_dtype"),
+        ({"dtype": "float16"}, "guide.compute_dtype"),
         ({"store_dtype": "float32"}, "guide.dtype"),
         ({"decode_with": "STUDENT"}, "guide.decoded_with"),
         ({"guide": "OTHER"}, "guide.name"),
@@ -381,7 +381,7 @@ def test_bad_vector_is_named_by_its_text_and_what_is_done_is_kept(
     weights = load_file(folder / "model.safetensors")
     weights["embeddings.word_embeddings.weight"][model.tokenizer.convert_tokens_to_ids("violin")] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(VectorError, match="the vector of the text 'violin' is not finite"):
+    with pytest.raises(VectorError, match="text 'violin': the vector is not finite"):
         precompute(pairs_file, guide=folder, out=out)
     with pytest.raises(StoreError, match=r"stage 1 has [1-9] of \d shards"):
         GuideStore.open(out)
@@ -448,7 +448,9 @@ def test_killed_command_resumes_without_repeating_shards(
     code: int,
     processes: int,
 ) -> None:
-    process = run_command(long_file, "--guide", guide_folder, "--out", out, "--processes", processes)
+    process = run_command(
+        long_file, "--guide", guide_folder, "--out", out, "--processes", processes, "--dtype", "float32"
+    )
     while process.poll() is None and len(list((out / "commits").glob("vectors-*.json"))) < 2:
         time.sleep(0.002)
     workers = psutil.Process(process.pid).children()
@@ -464,7 +466,7 @@ def test_killed_command_resumes_without_repeating_shards(
     with pytest.raises(StoreError, match=f"stage 1 has {len(done)} of {NUM_LONG_SHARDS} shards"):
         GuideStore.open(out)
 
-    store = precompute(long_file, guide=guide_folder, out=out, resume=True)
+    store = precompute(long_file, guide=guide_folder, out=out, resume=True, dtype="float32")
     texts = list(store.texts)
     assert sorted(embedded) == sorted(text for entry, text in enumerate(texts) if entry // 8 not in done)
     assert store.verify() == []

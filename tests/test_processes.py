@@ -113,7 +113,7 @@ def test_error_of_a_process_is_raised_here(source: Path, tiny_student: Path, tmp
     weights = load_file(folder / "model.safetensors")
     weights["embeddings.word_embeddings.weight"][model.tokenizer.convert_tokens_to_ids("rivers")] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(VectorError, match=r"the vector of the text 'question \d+ about rivers' is not finite"):
+    with pytest.raises(VectorError, match=r"text 'question \d+ about rivers': the vector is not finite"):
         precompute(source, guide=folder, out=tmp_path / "store", index="none", processes=2, device="cpu")
     assert not children()
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_servers import directions_of, vector_of
 
+from gistfast.batch_done import BatchDone
 from gistfast.errors import DataError, VectorError
 from gistfast.ready_guide import load_ready_guide
 
@@ -287,7 +288,7 @@ def test_only_the_row_groups_that_are_needed_are_read(tmp_path: Path, monkeypatc
 
 def test_every_text_is_reported_as_done(tmp_path: Path) -> None:
     guide = load_ready_guide(write(tmp_path / "v.parquet", text=TEXTS, embedding=lists(vectors_of(TEXTS))))
-    done: list[int] = []
+    done: list[BatchDone] = []
     guide.embed([*TEXTS, *TEXTS], "query", done.append)
     assert len(done) > 1
-    assert sum(done) == 2 * len(TEXTS)
+    assert sum(batch.num_texts for batch in done) == 2 * len(TEXTS)

@@ -25,6 +25,7 @@ from embedding_servers import (
     with_numbers,
 )
 
+from gistfast.batch_done import BatchDone
 from gistfast.embedding_server import EmbeddingServer, endpoint_of
 from gistfast.errors import ConfigError, GistfastError, ModelError, VectorError
 from gistfast.server_guide import ServerGuide, load_server_guide
@@ -82,10 +83,10 @@ def test_prompts_stand_before_the_texts_of_their_role(server: EmbeddingStub) -> 
 
 
 def test_every_text_is_reported_as_done(server: EmbeddingStub) -> None:
-    done: list[int] = []
+    done: list[BatchDone] = []
     guide_of(server).embed(TEXTS, "query", done.append)
     assert len(done) == math.ceil(len(TEXTS) / 8)
-    assert sum(done) == len(TEXTS)
+    assert sum(batch.num_texts for batch in done) == len(TEXTS)
 
 
 def test_no_texts_ask_nothing(server: EmbeddingStub) -> None:

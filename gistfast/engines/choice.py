@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from gistfast.batch_done import advancing
 from gistfast.engines.job import stored_info
 from gistfast.engines.processes import LocalProcesses, local_devices
 from gistfast.engines.ray_actors import RayCluster
@@ -44,7 +45,7 @@ class ThisProcess:
 
     def embed(self, vectors: VectorShards, part: Part, bar: Bar) -> None:
         """Embed the shards of a part that have no vectors yet; returns when all of them are committed."""
-        embed_shards(vectors, self.guide, part=part, on_texts=bar.advance)
+        embed_shards(vectors, self.guide, part=part, on_batch=advancing(bar))
 
 
 @contextmanager

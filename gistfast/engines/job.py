@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gistfast.batch_done import OnBatch
 from gistfast.engines.shards import Part, embed_shards
 from gistfast.guide import Guide
 from gistfast.open_guide import open_guide
@@ -31,7 +32,7 @@ def embed_part(
     store: str | Path,
     part: Sequence[int],
     *,
-    on_texts: Callable[[int], None],
+    on_batch: OnBatch,
     on_commit: Callable[[int], None],
 ) -> None:
     """Load the guide that the settings name and embed the shards of a part, as `embed_shards` says.
@@ -43,4 +44,4 @@ def embed_part(
     """
     guide = open_guide(settings)
     vectors = VectorShards.open(Path(store), stored_info(guide, settings))
-    embed_shards(vectors, guide, part=Part(*part), on_texts=on_texts, on_commit=on_commit)
+    embed_shards(vectors, guide, part=Part(*part), on_batch=on_batch, on_commit=on_commit)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gistfast import errors
+from gistfast.batch_done import BatchDone, advancing
 from gistfast.engines.job import describe_guide
 from gistfast.engines.shards import Part
 from gistfast.errors import WorkerError
@@ -151,6 +152,7 @@ def _listen(worker: _Worker, heard: "queue.SimpleQueue[Said]") -> None:
 
 def _follow(running: int, heard: "queue.SimpleQueue[Said]", bar: Bar) -> None:
     """Count and tell what the workers report, until the last has ended."""
+    show = advancing(bar)
     while running:
         worker, said = heard.get()
         if said is None:
@@ -166,7 +168,7 @@ def _follow(running: int, heard: "queue.SimpleQueue[Said]", bar: Bar) -> None:
             embedded, committed = said.get("texts", 0), said.get("committed", 0)
             worker.uncommitted += embedded - committed
             if embedded:
-                bar.advance(embedded)
+                show(BatchDone(embedded, said["tokens"], said["padded"]))
 
 
 def _death_of(worker: _Worker) -> str:

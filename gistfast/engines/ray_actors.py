@@ -13,6 +13,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
+from gistfast.batch_done import BatchDone
 from gistfast.engines.job import describe_guide, embed_part
 from gistfast.engines.shards import Part
 from gistfast.errors import ConfigError, DependencyError, GistfastError, WorkerError, first_line
@@ -43,13 +44,13 @@ class EmbedActor:
     def embed(self, settings: Mapping[str, Any], store: str, part: Part) -> None:
         """Embed the shards of a part, as `embed_shards` says."""
 
-        def count_embedded(texts: int) -> None:
-            self._embedded += texts
+        def count_embedded(done: BatchDone) -> None:
+            self._embedded += done.num_texts
 
         def count_committed(texts: int) -> None:
             self._committed += texts
 
-        embed_part(settings, store, part, on_texts=count_embedded, on_commit=count_committed)
+        embed_part(settings, store, part, on_batch=count_embedded, on_commit=count_committed)
 
     def counts(self) -> tuple[int, int]:
         """Texts embedded so far, and texts in shards that are committed."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gistfast.batch_done import BatchDone, OnBatch
 from gistfast.engines.claims import Claim, claim
 from gistfast.guide import Guide
 from gistfast.store.vectors import Role, VectorShards
@@ -46,7 +47,7 @@ def embed_shards(
     guide: Guide,
     *,
     part: Part = WHOLE,
-    on_texts: Callable[[int], None] = lambda count: None,
+    on_batch: OnBatch = lambda done: None,
     on_commit: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Embed the shards of a part that have no vectors yet; returns when all of them are committed.
@@ -58,7 +59,7 @@ def embed_shards(
         vectors: The shards of a store whose rows are complete.
         guide: The guide that the store is made with.
         part: The shards to look at.
-        on_texts: Called with the number of texts of each batch that is embedded.
+        on_batch: Called with each batch that is embedded.
         on_commit: Called with the number of texts of each shard that is committed, in another thread.
 
     Raises:
@@ -66,19 +67,22 @@ def embed_shards(
         StoreError: When the store cannot be read or written.
     """
     with ThreadPoolExecutor(2, thread_name_prefix="gistfast-store") as background:
-        _Worker(vectors, guide, part, background, on_texts, on_commit).run()
+        _Worker(vectors, guide, part, background, on_batch, on_commit).run()
 
 
 def embed_by_role(
-    guide: Guide, texts: Sequence[str], roles: Sequence[Role], on_texts: Callable[[int], None] | None = None
+    guide: Guide, texts: Sequence[str], roles: Sequence[Role], on_batch: OnBatch | None = None
 ) -> Vectors:
     """The vectors (N, G) of the texts in their order, each read by the guide under the prompt of its role."""
+    if len(set(roles)) == 1:
+        # No second array of a shard's vectors beside the guide's own.
+        return guide.embed(texts, roles[0], on_batch)
     given = np.array(roles)
     vectors = np.empty((len(texts), guide.info.width), np.float32)
     for role in ("query", "document"):
         numbers = np.flatnonzero(given == role).tolist()
         if numbers:
-            vectors[numbers] = guide.embed([texts[number] for number in numbers], role, on_texts)
+            vectors[numbers] = guide.embed([texts[number] for number in numbers], role, on_batch)
     return vectors
 
 
@@ -89,14 +93,14 @@ class _Worker:
         guide: Guide,
         part: Part,
         background: ThreadPoolExecutor,
-        on_texts: Callable[[int], None],
+        on_batch: OnBatch,
         on_commit: Callable[[int], None],
     ) -> None:
         self._vectors = vectors
         self._guide = guide
         self._part = part
         self._background = background
-        self._on_texts = on_texts
+        self._on_batch = on_batch
         self._on_commit = on_commit
         # What is read ahead, and what is being written: a shard and what comes of it.
         self._reading: tuple[int, Future[Texts]] | None = None
@@ -157,11 +161,11 @@ class _Worker:
     def _read(self, shard: int) -> Texts:
         return self._vectors.texts_of(shard), self._vectors.roles_of(shard)
 
-    def _embedded(self, count: int) -> None:
+    def _embedded(self, done: BatchDone) -> None:
         if self._writing is not None and self._writing[1].done():
             # A full disk stops the run now, not when this shard is embedded.
             self._finish_writing()
-        self._on_texts(count)
+        self._on_batch(done)
 
     def _write(self, shard: int, vectors: Vectors, mine: Claim) -> None:
         committed = False

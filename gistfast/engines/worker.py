@@ -3,7 +3,8 @@
 Its first line of input is its job, as JSON; the end of its input is the order to stop, so that no worker outlives
 the process that started it. It answers on its output, one JSON object a line:
 
-    {"texts": 32}          so many texts are embedded
+    {"texts": 32, "tokens": 980, "padded": 1004}
+                           so many texts are embedded, of so many tokens, without and with padding
     {"committed": 65536}   a shard of so many texts is committed
     {"warning": "..."}     something to tell the user
     {"error": "StoreError", "message": "..."}
@@ -49,7 +50,7 @@ def _embed(job: Mapping[str, Any], report: Report) -> None:
         job["settings"],
         job["store"],
         job["part"],
-        on_texts=lambda count: report(texts=count),
+        on_batch=lambda done: report(texts=done.num_texts, tokens=done.num_tokens, padded=done.num_padded),
         on_commit=lambda count: report(committed=count),
     )
 
