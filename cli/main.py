@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from gistfast.cli.options import command, errors_in_one_line
+from gistfast.cli.store import app as store_app
 from gistfast.config import (
     EvaluateSettings,
     PictureSettings,
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
+app.add_typer(store_app, name="store")
 
 # A benchmark reads its own options.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -46,6 +46,8 @@ class IndexReport:
         num_queries: Stored vectors that were the sample's queries.
         vectors: Hash of the vectors in it.
         store_fingerprint: The store that was indexed.
+        bytes: Size of the index's file.
+        xxh3_128: Hash of the file.
     """
 
     kind: str
@@ -59,6 +61,8 @@ class IndexReport:
     num_queries: int
     vectors: str
     store_fingerprint: str
+    bytes: int
+    xxh3_128: str
 
 
 def import_faiss(user: str = "the index", otherwise: str = "leave the index out with --index none") -> Any:
@@ -110,28 +114,30 @@ def build_index(store: GuideStore, kind: IndexKind = "auto", memory_gib: float |
     if present is not None and present.kind == plan.kind:
         return present
     faiss = import_faiss()
-    building = _path(store, ".building")
+    building = index_path(store, ".building")
     builder = IndexBuilder(faiss, store, plan, building)
     base = _index_to_extend(faiss, store, plan)
     index, num_trained = (builder.empty(), store.num_texts) if base is None else base
     builder.fill(index)
     recall = tune(faiss, store, index, has_lists=plan.kind != "flat")
+    with one_line_write_errors(building):
+        building.parent.mkdir(exist_ok=True)
+        # Without its report, an index of another kind is not there.
+        index_path(store, ".json").unlink(missing_ok=True)
+        num_bytes, xxh3_128 = write_index(faiss, index, index_path(store, ".faiss"))
     report = IndexReport(
         kind=plan.kind,
         num_vectors=store.num_texts,
         num_trained=num_trained,
         width=store.width,
         code_bytes=plan.code_bytes,
-        vectors=_hash_of_vectors(store, len(store.manifest.plan.texts)),
+        vectors=hash_of_vectors(store, len(store.manifest.plan.texts)),
         store_fingerprint=store.fingerprint,
+        bytes=num_bytes,
+        xxh3_128=xxh3_128,
         **asdict(recall),
     )
-    with one_line_write_errors(building):
-        building.parent.mkdir(exist_ok=True)
-        # Without its report, an index of another kind is not there.
-        _path(store, ".json").unlink(missing_ok=True)
-        write_index(faiss, index, _path(store, ".faiss"))
-    write_json(_path(store, ".json"), asdict(report))
+    write_json(index_path(store, ".json"), asdict(report))
     shutil.rmtree(building, ignore_errors=True)
     return report
 
@@ -145,7 +151,7 @@ def load_index(store: GuideStore) -> Any:
     """
     if read_report(store) is None:
         raise StoreError(f"{store.path} has no index of its vectors: run gistfast.index.build_index(store)")
-    return _read(import_faiss(), _path(store, ".faiss"))
+    return _read(import_faiss(), index_path(store, ".faiss"))
 
 
 def read_report(store: GuideStore) -> IndexReport | None:
@@ -154,8 +160,8 @@ def read_report(store: GuideStore) -> IndexReport | None:
     Raises:
         StoreError: When the report is damaged.
     """
-    path = _path(store, ".json")
-    report = _read_report(path) if path.is_file() else None
+    path = index_path(store, ".json")
+    report = report_at(path) if path.is_file() else None
     return report if report is not None and report.store_fingerprint == store.fingerprint else None
 
 
@@ -163,11 +169,12 @@ def remove_other_indexes(store: GuideStore) -> None:
     """Remove the indexes of other states of the store; no reader of this one misses them."""
     folder = store.path / "index"
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.name.partition(".")[0] != _path(store, "").name:
+        if path.name.partition(".")[0] != index_path(store, "").name:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _path(store: GuideStore, suffix: str) -> Path:
+def index_path(store: GuideStore, suffix: str) -> Path:
+    """The file of the index of this state of the store with a suffix: ".faiss", ".json", or the folder ".building"."""
     return store.path / "index" / f"{store.fingerprint[:8]}{suffix}"
 
 
@@ -178,7 +185,12 @@ def _read(faiss: Any, path: Path) -> Any:
         raise StoreError(f"{path} is damaged, faiss cannot read it: delete the folder and build it again") from error
 
 
-def _read_report(path: Path) -> IndexReport:
+def report_at(path: Path) -> IndexReport:
+    """The report in a file.
+
+    Raises:
+        StoreError: When it is damaged.
+    """
     try:
         return IndexReport(**read_json(path))
     except TypeError as error:
@@ -189,19 +201,19 @@ def _index_to_extend(faiss: Any, store: GuideStore, plan: IndexPlan) -> tuple[An
     """An index of the store's first vectors and the vectors its lists were made for; None when there is none."""
     ends = np.cumsum(store.manifest.plan.texts).tolist()
     for path in sorted((store.path / "index").glob("*.json")):
-        report = _read_report(path)
+        report = report_at(path)
         same_kind = (report.kind, report.code_bytes) == (plan.kind, plan.code_bytes)
         large_enough = plan.kind == "flat" or report.num_trained >= SHARE_TO_EXTEND * store.num_texts
         if not same_kind or not large_enough or report.num_vectors not in ends:
             continue
         num_shards = ends.index(report.num_vectors) + 1
-        if num_shards < len(ends) and report.vectors == _hash_of_vectors(store, num_shards):
+        if num_shards < len(ends) and report.vectors == hash_of_vectors(store, num_shards):
             logger.info("adding to the index of the store's first %d vectors", report.num_vectors)
             return _read(faiss, path.with_suffix(".faiss")), report.num_trained
     return None
 
 
-def _hash_of_vectors(store: GuideStore, num_shards: int) -> str:
+def hash_of_vectors(store: GuideStore, num_shards: int) -> str:
     """Hash of what decides the vectors of the first shards: files and weights."""
     manifest = store.manifest
     shards = ((kind, shard) for kind in manifest.vectors for shard in range(num_shards))

@@ -25,7 +25,7 @@ from gistfast.index_types import IndexPlan
 from gistfast.progress import progress
 from gistfast.scorer import Scorer
 from gistfast.store import GuideStore
-from gistfast.store.files import durable_file, one_line_write_errors
+from gistfast.store.files import ChecksumWriter, durable_file, one_line_write_errors
 
 logger = logging.getLogger(__name__)
 
@@ -137,10 +137,12 @@ class ListsOfVectors:
         return lists
 
 
-def write_index(faiss: Any, index: Any, path: Path) -> None:
-    """Write an index to `path`, whole or not at all."""
+def write_index(faiss: Any, index: Any, path: Path) -> tuple[int, str]:
+    """Write an index to `path`, whole or not at all; the size and the xxh3_128 of the file."""
     with durable_file(path) as file:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+        sink = ChecksumWriter(file)
+        faiss.write_index(index, faiss.PyCallbackIOWriter(sink.write))
+    return sink.num_bytes, sink.hexdigest()
 
 
 def on_gpus(faiss: Any, index: Any) -> Any:

@@ -7,6 +7,7 @@ documents. Documents are the texts of all columns but the anchor's.
 """
 
 import logging
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -33,7 +34,7 @@ class Search(Protocol):
         """As `gistfast.neighbours.search`; the bar is advanced by Q."""
 
 
-def mine(store: GuideStore, info: MinedInfo, search: Search) -> None:
+def mine(store: GuideStore, info: MinedInfo, search: Search, anew: Iterable[int] = ()) -> None:
     """Search every row's documents and write what is found into the store.
 
     Shards of rows that were searched so are left as they are: a stopped pass goes on where it was.
@@ -42,17 +43,20 @@ def mine(store: GuideStore, info: MinedInfo, search: Search) -> None:
         store: A store whose vectors are complete.
         info: What to mine.
         search: Finds neighbours.
+        anew: Shards of rows that are searched again, though they are there.
 
     Raises:
         StoreError: When the disk is full, or the folder cannot be written.
     """
-    pending = pending_mined(store, info)
+    replaced = set(anew)
+    pending = sorted({*pending_mined(store, info), *replaced})
     if pending:
         corpus = Corpus(store)
         sizes = store.manifest.plan.rows
         with progress("mining negatives", total=sum(sizes[shard] for shard in pending), unit="rows") as bar:
             for shard in pending:
-                write_mined(store, info, shard, _mine_shard(corpus, info, search, shard, bar))
+                mined = _mine_shard(corpus, info, search, shard, bar)
+                write_mined(store, info, shard, mined, replace=shard in replaced)
     finish_mined(store, info)
 
 

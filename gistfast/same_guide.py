@@ -1,5 +1,6 @@
 """Whether a guide that shows no weights is the one that wrote a store's vectors: it must give them again."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,14 @@ SAME_COSINE = 0.99
 NUM_TEXTS = 8
 
 
-def check_same_guide(store: Path, info: GuideInfo, guide: Guide) -> None:
+def check_same_guide(store: Path, info: GuideInfo, guide: Guide, *, bad: Collection[int] = ()) -> None:
     """Refuse a guide whose vectors are not those in a store, finished or not.
 
     Args:
         store: Its folder; one without vectors of this guide takes any.
         info: The guide as the store records it.
         guide: Embeds a few texts that have vectors there.
+        bad: Shards whose vectors do not count.
 
     Raises:
         StoreError: When it gives one of them another vector.
@@ -31,7 +33,7 @@ def check_same_guide(store: Path, info: GuideInfo, guide: Guide) -> None:
     kind = f"vectors/{info.key}"
     if not is_store(store) or kind not in (plan := read_plan(store)).vectors:
         return
-    committed = sorted(set(plan.shards_of(kind)) - set(pending_shards(store, kind, plan)))
+    committed = sorted(set(plan.shards_of(kind)) - {*pending_shards(store, kind, plan), *bad})
     if not committed:
         return
     entries, lists = (open_shard(store, read_commit(store, of, committed[0], plan)).batch for of in ("texts", kind))

@@ -3,6 +3,7 @@
 # R rows of a shard, C columns, P pairs
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,24 @@ Array = np.ndarray[Any, Any]
 PAIRS_PER_BLOCK = 4096
 
 
-def score_pairs(store: GuideStore) -> None:
+def score_pairs(store: GuideStore, anew: Iterable[int] = ()) -> None:
     """Write the guide score of each row's anchor with its positive and with each negative into the store.
 
     Shards of rows that have their scores are left as they are, so a stopped pass goes on where it was.
+
+    Args:
+        store: A store whose vectors are complete.
+        anew: Shards of rows whose scores are made again, though they are there.
     """
-    pending = pending_scores(store)
+    replaced = set(anew)
+    pending = sorted({*pending_scores(store), *replaced})
     if not pending:
         return
     rows = {shard: store.rows_of(shard) for shard in pending}
     with progress("scoring pairs", total=sum(map(len, rows.values())), unit="rows") as bar:
         for shard, ids in rows.items():
             scores = [scores_of(store, ids[:, 0], ids[:, column]) for column in range(1, ids.shape[1])]
-            write_scores(store, shard, np.stack(scores, axis=1))
+            write_scores(store, shard, np.stack(scores, axis=1), replace=shard in replaced)
             bar.advance(len(ids))
 
 

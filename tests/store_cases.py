@@ -1,7 +1,9 @@
 """What the tests of the store share: a guide that needs no model, rows that repeat texts, and stores of both."""
 
+import errno
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,13 @@ import torch
 import xxhash
 
 from gistfast.dataset import RowSource, read_rows
+from gistfast.errors import StoreError
+from gistfast.index import build_index, index_path
+from gistfast.index_search import choose_search
+from gistfast.mining import mine
+from gistfast.scores import score_pairs
 from gistfast.store import GuideInfo, GuideStore, StoreWriter
+from gistfast.store.mined import MinedInfo
 
 WIDTH = 8
 GUIDE = GuideInfo(
@@ -32,6 +40,10 @@ GUIDE = GuideInfo(
 TWO_PROMPTS = replace(GUIDE, query_prompt="query: ")
 # 60 rows that repeat texts within and across columns.
 ROWS = [(f"question {i % 40}", f"answer {i % 25}", f"question {i % 7}") for i in range(60)]
+
+# Half of their texts are in ROWS; the last one is one of these rows.
+MORE = [*((f"question {i}", f"new answer {i}", f"question {i % 7}") for i in range(30, 50)), ROWS[3]]
+KINDS = ["texts", "rows", "vectors", "scores", "mined"]
 
 Array = np.ndarray[Any, Any]
 
@@ -71,6 +83,18 @@ def make_store(path: Path, source: RowSource, guide: GuideInfo = GUIDE, **option
         return GuideStore.open(writer.publish())
 
 
+def complete(store: GuideStore) -> GuideStore:
+    """The store with scores, an index and mined negatives."""
+    score_pairs(store)
+    build_index(store, "flat")
+    mine(store, two_negatives(store), choose_search(store, "cpu"))
+    return store
+
+
+def two_negatives(store: GuideStore) -> MinedInfo:
+    return MinedInfo(negatives=2, margin=0.05, margin_strategy="relative", store_fingerprint=store.fingerprint)
+
+
 def contents(store: GuideStore) -> tuple[list[str], list[Any], bytes]:
     vectors = store.gather(torch.arange(store.num_texts))
     return store.texts[:], store.rows.tolist(), vectors.numpy().tobytes()
@@ -87,6 +111,43 @@ def shard_file(store: Path, kind: str, shard: int) -> Path:
 
 
 def commit_file(store: Path, kind: str, shard: int) -> Path:
-    """Where the commit is; vectors and scores are those of the only guide."""
+    """Where the commit is; vectors, scores and mined negatives are those of the only guide."""
     (path,) = [*store.glob(f"commits/{kind}-{shard:05d}.json"), *store.glob(f"commits/{kind}-*-{shard:05d}.json")]
     return path
+
+
+def file_of(store: Path, kind: str) -> Path:
+    """The file of shard 1, or that of the index."""
+    return index_path(GuideStore.open(store), ".faiss") if kind == "index" else shard_file(store, kind, 1)
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Inode and bytes of every file."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_ino, path.read_bytes()) for path in paths}
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change fields of a file of JSON."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+class FullDisk:
+    """Stands for os.fsync and fails at one call; the others do nothing: nobody cuts the power here."""
+
+    def __init__(self, failing_call: int) -> None:
+        self.calls_left = failing_call
+
+    def __call__(self, descriptor: int) -> None:
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def refusal_of(run: Callable[[], object]) -> str | None:
+    """What a StoreError says; None when there is none."""
+    try:
+        run()
+    except StoreError as error:
+        return str(error)
+    return None

@@ -12,6 +12,7 @@ from gistfast.cli.options import command
 from gistfast.config import EvaluateSettings, PictureSettings, PrecomputeSettings, QuickstartSettings, TrainSettings
 from gistfast.errors import ConfigError, StoreError
 from gistfast.settings import Settings, argument, comma_separated, flag_of, setting
+from gistfast.store_config import StoreGcSettings, StoreInfoSettings, StoreRepairSettings, StoreVerifySettings
 
 COMMANDS = {
     "precompute": PrecomputeSettings,
@@ -19,6 +20,10 @@ COMMANDS = {
     "evaluate": EvaluateSettings,
     "picture": PictureSettings,
     "quickstart": QuickstartSettings,
+    "store info": StoreInfoSettings,
+    "store verify": StoreVerifySettings,
+    "store repair": StoreRepairSettings,
+    "store gc": StoreGcSettings,
 }
 
 
@@ -45,7 +50,7 @@ def invoke(run: object, *arguments: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_every_setting(name: str) -> None:
-    result = CliRunner().invoke(app, [name, "--help"])
+    result = CliRunner().invoke(app, [*name.split(), "--help"])
     assert result.exit_code == 0
     for item in fields(COMMANDS[name]):
         assert flag_of(item) in result.output
@@ -106,7 +111,7 @@ def test_missing_option_is_named() -> None:
     assert "--guide is needed" in result.output + result.stderr
 
 
-@pytest.mark.parametrize("arguments", ["", *COMMANDS, "bench", "bench loss", "bench gather", "bench step"])
+@pytest.mark.parametrize("arguments", ["", *COMMANDS, "store", "bench", "bench loss", "bench gather", "bench step"])
 def test_help_needs_no_heavy_import(arguments: str) -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'numpy', 'faiss', 'matplotlib'}"
     code = (

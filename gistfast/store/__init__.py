@@ -6,6 +6,9 @@
     ingest     rows to texts and ids           writer    rows in, vectors in
     reader     everything out                  replace   a new store takes an old one's place
     scores     guide scores of pairs           mined     ranks and hard negatives of rows
+    verify     is it what was written          contents  what must hold of the values in a shard
+    repair     bad shards made again           garbage   what nobody reads
+    describe   what is in it, in figures
 
 The layout on disk is written down in docs/store-format.md.
 """

@@ -41,7 +41,7 @@ def one_line_write_errors(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise StoreError(
             f"cannot write {path}: {reason}: what was committed is kept; "
-            "make room or free the folder, then go on with --resume"
+            "make room or free the folder, then run the command again (precompute: with --resume)"
         ) from error
 
 
@@ -70,6 +70,18 @@ def lock(descriptor: int, *, wait: bool) -> bool | None:
             raise
         return None
     return True
+
+
+def nobody_holds(path: Path) -> bool:
+    """Whether a file or folder is there and not locked; False, too, where the file system has no locks to tell."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return lock(descriptor, wait=False) is True
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -126,8 +138,12 @@ def create_file(path: Path, data: bytes) -> None:
                 temporary.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, advice: str = "restore it, or make the store anew") -> dict[str, Any]:
     """The object in `path`.
+
+    Args:
+        path: A file of JSON.
+        advice: What to do when it cannot be read.
 
     Raises:
         StoreError: When the file cannot be read or holds no JSON object.
@@ -135,11 +151,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
     except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}: restore it, or make the store anew") from error
+        raise StoreError(f"cannot read {path}: {error.strerror}: {advice}") from error
     except ValueError as error:
-        raise StoreError(f"{path} is not valid JSON ({error}): restore it, or make the store anew") from error
+        raise StoreError(f"{path} is not valid JSON ({error}): {advice}") from error
     if not isinstance(record, dict):
-        raise StoreError(f"{path} holds {type(record).__name__}, expected a JSON object: restore it")
+        raise StoreError(f"{path} holds {type(record).__name__}, expected a JSON object: {advice}")
     return record
 
 

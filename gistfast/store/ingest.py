@@ -46,12 +46,13 @@ class Ingest:
         tasks: Names of all tasks so far.
     """
 
-    def __init__(self, store: Path, begun: Manifest) -> None:
+    def __init__(self, store: Path, begun: Manifest, *, earlier: Path | None = None) -> None:
         """Write into the folder `store`.
 
         Args:
             store: Folder of the store.
             begun: What the store will be; its last segment, still empty, is the one to write.
+            earlier: Folder of the store that has the segments before it, when that is another one.
         """
         data = begun.data
         self.num_rows = 0
@@ -67,7 +68,7 @@ class Ingest:
         self._rows = _Pending(store, "rows", begun)
         self._num_held_out = 0
         if len(data.segments) > 1:
-            self._remember(store)
+            self._remember(earlier or store)
 
     def add(self, rows: Rows) -> None:
         """Add a batch of rows, but for those that earlier segments have.

@@ -73,11 +73,15 @@ class Manifest:
         """Numbers of the shards of `kind`."""
         return range(len(self.plan.sizes(kind)))
 
-    def recipe(self, kind: str, shard: int) -> str:
-        """Hash of all that decides what is in a shard; its commit carries it."""
+    def segment_of(self, kind: str, shard: int) -> int:
+        """The number of the segment that a shard belongs to."""
         segments = self.data.segments
         ends = accumulate(len(Plan(segment.texts, segment.rows).sizes(kind)) for segment in segments)
-        return self.recipe_of_segment(kind, next(number for number, end in enumerate(ends) if shard < end))
+        return next(number for number, end in enumerate(ends) if shard < end)
+
+    def recipe(self, kind: str, shard: int) -> str:
+        """Hash of all that decides what is in a shard; its commit carries it."""
+        return self.recipe_of_segment(kind, self.segment_of(kind, shard))
 
     def recipe_of_segment(self, kind: str, number: int) -> str:
         """The recipe of all shards of a segment.
@@ -144,12 +148,15 @@ class Manifest:
             raise StoreError(f"{path} has format version {version}, this gistfast reads {FORMAT_VERSION}: {advice}")
         if record.pop("checksum", None) != fingerprint_of(record):
             raise StoreError(f"{path} was changed after it was written: restore it, or make the store anew")
-        return cls(
-            guides=tuple(GuideInfo(**guide) for guide in record["guides"]),
-            data=_data_info(record["data"]),
-            guide_score=record["guide_score"],
-            weights=tuple(record["weights"]),
-        )
+        try:
+            return cls(
+                guides=tuple(GuideInfo(**guide) for guide in record["guides"]),
+                data=_data_info(record["data"]),
+                guide_score=record["guide_score"],
+                weights=tuple(record["weights"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise StoreError(f"{path} has other fields than format {FORMAT_VERSION}: restore it") from error
 
     @property
     def _asked(self) -> dict[str, Any]:

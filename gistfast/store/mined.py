@@ -17,7 +17,7 @@ import torch
 
 from gistfast.errors import StoreError
 from gistfast.store.files import fingerprint_of, read_json, write_json
-from gistfast.store.shards import COMMITS, Shard, fixed_size_lists, pending_shards, write_shard
+from gistfast.store.shards import COMMITS, Shard, fixed_size_lists, pending_shards, replace_shard, write_shard
 
 if TYPE_CHECKING:
     from gistfast.store.reader import GuideStore
@@ -99,8 +99,15 @@ def pending_mined(store: "GuideStore", info: MinedInfo) -> list[int]:
     return pending_shards(store.path, info.kind, store.manifest)
 
 
-def write_mined(store: "GuideStore", info: MinedInfo, shard: int, mined: Mined) -> bool:
+def write_mined(store: "GuideStore", info: MinedInfo, shard: int, mined: Mined, *, replace: bool = False) -> bool:
     """Write and commit what was found for a shard of rows; False when another process had done so first.
+
+    Args:
+        store: The store.
+        info: How it was mined.
+        shard: Number of the shard of rows.
+        mined: What was found.
+        replace: Whether it takes the place of what is there.
 
     Raises:
         StoreError: When the disk is full, or the folder cannot be written.
@@ -110,7 +117,11 @@ def write_mined(store: "GuideStore", info: MinedInfo, shard: int, mined: Mined) 
         column = pa.array(getattr(mined, name))
         columns.append((pa.field(name, column.type, nullable=False), column))
     batch = pa.record_batch([column for _, column in columns], schema=pa.schema([field for field, _ in columns]))
-    return write_shard(store.path, info.kind, shard, batch, store.manifest.recipe(info.kind, shard))
+    recipe = store.manifest.recipe(info.kind, shard)
+    if replace:
+        replace_shard(store.path, info.kind, shard, batch, recipe)
+        return True
+    return write_shard(store.path, info.kind, shard, batch, recipe)
 
 
 def read_mined(shard: Shard) -> Mined:
@@ -144,6 +155,8 @@ def mined_infos(store: Path) -> list[MinedInfo]:
         if record.keys() != {field.name for field in fields(MinedInfo)}:
             raise StoreError(f"{path} has other fields than expected: delete it and mine again")
         infos.append(MinedInfo(**record))
+        if infos[-1].kind != f"mined/{path.stem}":
+            raise StoreError(f"{path} was changed after it was written: delete it and mine again")
     return infos
 
 

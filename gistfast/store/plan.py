@@ -3,20 +3,26 @@
 import logging
 import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
 from gistfast.errors import StoreError
-from gistfast.store.files import lock, one_line_write_errors, read_json, sync_folder
+from gistfast.store.files import lock, one_line_write_errors, sync_folder
 from gistfast.store.manifest import MANIFEST_NAME, PLAN_NAME, Manifest
-from gistfast.store.shards import COMMITS, commit_path, pending_shards
+from gistfast.store.shards import COMMITS, commit_path, file_named_by, is_inside, pending_shards
 
 logger = logging.getLogger(__name__)
+
+MAKE_ONE = "make a guide store with `gistfast precompute`"
+# Commits of other names are none of this module's business.
+_OURS = re.compile(r"(texts|rows|vectors|scores)-")
 
 
 def is_store(folder: Path) -> bool:
     """Whether a store is in `folder`, finished or not."""
-    return (folder / MANIFEST_NAME).is_file() or (folder / PLAN_NAME).is_file()
+    # In the order in which another process renames them.
+    return (folder / PLAN_NAME).is_file() or (folder / MANIFEST_NAME).is_file()
 
 
 def read_finished(folder: Path) -> Manifest:
@@ -25,11 +31,13 @@ def read_finished(folder: Path) -> Manifest:
     Raises:
         StoreError: When there is none, it is not finished, of another version, or changed by hand.
     """
-    if (folder / MANIFEST_NAME).is_file():
-        return Manifest.read(folder / MANIFEST_NAME)
-    if not (folder / PLAN_NAME).is_file():
-        raise StoreError(f"{folder} has no {MANIFEST_NAME}: make a guide store with `gistfast precompute`")
-    plan = Manifest.read(folder / PLAN_NAME)
+    finished = folder / MANIFEST_NAME
+    plan = None if finished.is_file() else read_unfinished(folder)
+    # Also when another process finished the store since.
+    if finished.is_file():
+        return Manifest.read(finished)
+    if plan is None:
+        raise StoreError(f"{folder} has no {MANIFEST_NAME}: {MAKE_ONE}")
     total = len(plan.vectors) * len(plan.plan.texts)
     missing = sum(missing_vectors(folder, plan).values())
     raise StoreError(
@@ -38,14 +46,41 @@ def read_finished(folder: Path) -> Manifest:
     )
 
 
+def refuse_no_store(folder: Path) -> None:
+    """Refuse a folder without a store, finished or not.
+
+    Raises:
+        StoreError: When there is none.
+    """
+    if not is_store(folder):
+        raise StoreError(f"{folder} has no {MANIFEST_NAME}: {MAKE_ONE}")
+
+
+def read_unfinished(folder: Path) -> Manifest | None:
+    """What the store in `folder` is becoming; None when nothing is under way.
+
+    Raises:
+        StoreError: When next.json is of another version or changed by hand.
+    """
+    unfinished = folder / PLAN_NAME
+    if not unfinished.is_file():
+        return None
+    try:
+        return Manifest.read(unfinished)
+    except StoreError:
+        if not unfinished.is_file():
+            # Another process finished it between the look and the reading.
+            return None
+        raise
+
+
 def read_plan(folder: Path) -> Manifest:
     """What the store in `folder` is to be: next.json, or store.json when nothing is under way.
 
     Raises:
         StoreError: When there is neither, or the file is of another version or changed by hand.
     """
-    unfinished = folder / PLAN_NAME
-    return Manifest.read(unfinished) if unfinished.is_file() else read_finished(folder)
+    return read_unfinished(folder) or read_finished(folder)
 
 
 def missing_vectors(folder: Path, plan: Manifest) -> dict[str, int]:
@@ -79,38 +114,60 @@ def finish_plan(folder: Path, plan: Manifest) -> None:
             sync_folder(folder)
 
 
-def remove_unplanned(folder: Path, *plans: Manifest) -> list[str]:
-    """Remove the commits of shards that no plan has, with their files; their names.
+def unplanned_files(folder: Path, *plans: Manifest) -> list[Path]:
+    """The commits of shards that no plan has, each before its file.
 
     They are what an append left that was interrupted while it read rows, or that was given up.
     """
-    removed = []
-    planned = {
-        commit_path(folder, kind, shard).name for plan in plans for kind in plan.kinds for shard in plan.shards_of(kind)
-    }
-    for commit in sorted((folder / COMMITS).glob("*.json")):
-        if commit.name in planned or not re.match(r"(texts|rows|vectors|scores)-", commit.name):
-            continue
-        file = read_json(commit).get("file")
-        commit.unlink()
-        if isinstance(file, str) and re.fullmatch(r"[a-z]+(/[0-9a-f]+)?/[0-9]+-[0-9a-f]+\.arrow", file):
-            (folder / file).unlink(missing_ok=True)
-        removed.append(commit.name)
-    return removed
+    planned = {commit.name for commit in _planned_commits(folder, plans)}
+    commits = sorted((folder / COMMITS).glob("*.json"))
+    unplanned = [commit for commit in commits if _OURS.match(commit.name) and commit.name not in planned]
+    # A commit that was copied by hand names the file of another one.
+    needed = {file_named_by(commit) for commit in _planned_commits(folder, plans)} if unplanned else set()
+    files = []
+    for commit in unplanned:
+        file = file_named_by(commit)
+        files.append(commit)
+        if file is not None and file not in needed and is_inside(folder, folder / file):
+            files.append(folder / file)
+    return files
+
+
+def remove_unplanned(folder: Path, *plans: Manifest) -> None:
+    """Remove the commits of shards that no plan has, with their files."""
+    for path in unplanned_files(folder, *plans):
+        path.unlink(missing_ok=True)
+
+
+def _planned_commits(folder: Path, plans: Iterable[Manifest]) -> Iterator[Path]:
+    for plan in plans:
+        for kind in plan.kinds:
+            for shard in plan.shards_of(kind):
+                yield commit_path(folder, kind, shard)
 
 
 class FolderLock:
     """Holds a store for one process that adds rows to it or plans a guide; released when the process ends.
 
-    Where the file system has no locks, it holds nothing.
+    Attributes:
+        is_held: False where the file system has no locks.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Wait until no other process holds it."""
+    def __init__(self, folder: Path, *, wait: bool = True) -> None:
+        """Wait until no other process holds it.
+
+        Raises:
+            StoreError: When another process holds it and `wait` is False.
+        """
         self._descriptor = os.open(folder, os.O_RDONLY)
-        if lock(self._descriptor, wait=False) is False:
+        held = lock(self._descriptor, wait=False)
+        if held is False and not wait:
+            self.release()
+            raise StoreError(f"another process is at {folder}: try again when it has ended")
+        if held is False:
             logger.info("another process is at %s: waiting for it", folder)
-            lock(self._descriptor, wait=True)
+            held = lock(self._descriptor, wait=True)
+        self.is_held = held is True
 
     def release(self) -> None:
         """Let other processes in."""

@@ -18,7 +18,7 @@ from gistfast.store.manifest import Manifest
 from gistfast.store.mined import Mined, mined_info, read_mined
 from gistfast.store.plan import missing_vectors, read_finished
 from gistfast.store.replace import replacement_of
-from gistfast.store.shards import Shard, open_shard, pending_shards, read_commit
+from gistfast.store.shards import Shard, pending_shards, read_shard
 from gistfast.store.texts import Texts
 
 if TYPE_CHECKING:
@@ -229,14 +229,15 @@ class GuideStore:
 
         return dataset_of(self, split, negatives)
 
-    def verify(self) -> list[str]:
+    def verify(self, deep: bool = True) -> list[str]:
         """What is wrong with the files of the store, in plain words; empty when all is sound.
 
-        Reads every byte.
+        Args:
+            deep: Whether to read every byte and look at every vector; else commits and sizes of files are checked.
         """
         from gistfast.store.verify import problems_of
 
-        return problems_of(self.path, self.manifest)
+        return problems_of(self.path, self.manifest, deep=deep)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "fingerprint": self.fingerprint}
@@ -250,8 +251,7 @@ class GuideStore:
     def _shard(self, kind: str, index: int) -> Shard:
         key = (kind, index)
         if key not in self._open_shards:
-            commit = read_commit(self.path, kind, index, self.manifest)
-            self._open_shards[key] = open_shard(self.path, commit)
+            self._open_shards[key] = read_shard(self.path, kind, index, self.manifest)
         return self._open_shards[key]
 
     def _row_column(self, name: str) -> Array:

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from gistfast.errors import StoreError
-from gistfast.store.files import lock, new_token, one_line_write_errors, sync_folder
+from gistfast.store.files import lock, new_token, nobody_holds, one_line_write_errors, sync_folder
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -74,13 +74,25 @@ def replace_store(store: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def leftovers_of(store: Path) -> list[Path]:
+    """Folders beside `store` that interrupted runs left and nobody can use."""
+    reading = (folder for folder in store.parent.glob(f".{store.name}.reading-*") if nobody_holds(folder))
+    old = store.parent.glob(f".{store.name}.old-*") if store.exists() else ()
+    return sorted([*reading, *old])
+
+
 def remove_leftovers(store: Path) -> None:
     """Remove what interrupted runs left beside `store` and nobody can use."""
-    for folder in store.parent.glob(f".{store.name}.reading-*"):
+    for folder in leftovers_of(store):
+        remove_leftover(folder)
+
+
+def remove_leftover(folder: Path) -> None:
+    """Remove one of `leftovers_of` a store, unless a process has taken it since."""
+    if ".reading-" in folder.name:
         _remove_unless_locked(folder)
-    if store.exists():
-        for folder in store.parent.glob(f".{store.name}.old-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make_locked(store: Path) -> tuple[Path, int]:

@@ -22,12 +22,16 @@ from gistfast.store.files import (
     new_token,
     one_line_write_errors,
     read_json,
+    write_json,
 )
 from gistfast.store.manifest import Manifest
 
 COMMITS = "commits"
 # What the processor loads at once, and what Arrow recommends.
 ALIGNMENT = 64
+ADVICE = "mend it with `gistfast store repair`, or restore it"
+
+_FILE = re.compile(r"([a-z]+(?:/[0-9a-f]+)?)/([0-9]+)-[0-9a-f]+\.arrow")
 
 
 @dataclass(frozen=True)
@@ -84,27 +88,56 @@ def write_shard(store: Path, kind: str, index: int, batch: pa.RecordBatch, recip
     Raises:
         StoreError: When the disk is full or the folder cannot be written.
     """
-    name = f"{kind}/{index:05d}-{new_token()}.arrow"
-    path = store / name
-    with one_line_write_errors(path):
-        for folder in (path.parent, store / COMMITS):
-            folder.mkdir(parents=True, exist_ok=True)
-        with durable_file(path) as file:
-            sink = ChecksumWriter(file)
-            aligned = _aligned(batch)
-            with pa.ipc.new_file(sink, aligned.schema) as arrow:
-                arrow.write_batch(aligned)
-    commit = Commit(name, batch.num_rows, sink.num_bytes, sink.hexdigest(), recipe)
+    commit = _write_file(store, kind, index, batch, recipe)
     committed_at = commit_path(store, kind, index)
     try:
         create_json(committed_at, asdict(commit))
     finally:
         # Also after an interruption: the file stays exactly if its commit does.
-        won = committed_at.is_file() and read_json(committed_at).get("file") == name
+        won = committed_at.is_file() and read_json(committed_at).get("file") == commit.file
         if not won:
             with suppress(OSError):
-                path.unlink()
+                (store / commit.file).unlink()
     return won
+
+
+def replace_shard(store: Path, kind: str, index: int, batch: pa.RecordBatch, recipe: str) -> Commit:
+    """Write a shard in place of one that is there, damaged or lost; the new commit.
+
+    The new file is whole before its commit takes the old one's place, in one step. Readers that have the old file
+    mapped keep it. Arguments are those of `write_shard`.
+
+    Raises:
+        StoreError: When the disk is full or the folder cannot be written.
+    """
+    committed_at = commit_path(store, kind, index)
+    old = file_named_by(committed_at)
+    commit = _write_file(store, kind, index, batch, recipe)
+    try:
+        write_json(committed_at, asdict(commit))
+    except BaseException:
+        if file_named_by(committed_at) != commit.file:
+            (store / commit.file).unlink(missing_ok=True)
+        raise
+    # A commit that was changed by hand may name the file of another shard.
+    if _is_file_of(kind, index, old) and is_inside(store, store / str(old)):
+        with suppress(OSError):
+            (store / str(old)).unlink()
+    return commit
+
+
+def file_named_by(commit: Path) -> str | None:
+    """The file inside the store that a commit names; None when it cannot be read or names no shard's file."""
+    try:
+        file = read_json(commit).get("file")
+    except StoreError:
+        return None
+    return file if isinstance(file, str) and _FILE.fullmatch(file) else None
+
+
+def is_inside(store: Path, path: Path) -> bool:
+    """Whether the folder of `path` is in the store, and not one that a link in the store leads to."""
+    return path.parent.resolve().is_relative_to(store.resolve())
 
 
 def committed_shards(store: Path, kind: str) -> set[int]:
@@ -128,18 +161,17 @@ def read_commit(store: Path, kind: str, index: int, manifest: Manifest) -> Commi
         StoreError: When it is missing, damaged, made for another store, or points outside the store.
     """
     path = commit_path(store, kind, index)
-    record = read_json(path)
-    advice = "restore the file, or make the store anew"
+    record = read_json(path, ADVICE)
     if {field.name for field in fields(Commit)} != record.keys():
-        raise StoreError(f"{path} has the fields {', '.join(sorted(record))}, not those of a commit: {advice}")
+        raise StoreError(f"{path} has the fields {', '.join(sorted(record))}, not those of a commit: {ADVICE}")
     commit = Commit(**record)
-    if not re.fullmatch(rf"{kind}/[0-9]+-[0-9a-f]+\.arrow", str(commit.file)):
-        raise StoreError(f"{path} names the file {commit.file!r}, expected one in {kind}/: {advice}")
+    if not _is_file_of(kind, index, commit.file):
+        raise StoreError(f"{path} names the file {commit.file!r}, expected one in {kind}/ of its number: {ADVICE}")
     if commit.recipe != manifest.recipe(kind, index):
-        raise StoreError(f"{path} was written for another guide or other data than this store: {advice}")
+        raise StoreError(f"{path} was written for another guide or other data than this store: {ADVICE}")
     planned = manifest.plan.sizes(kind)[index]
     if commit.rows != planned:
-        raise StoreError(f"{path} says {commit.rows} rows, the plan {planned}: {advice}")
+        raise StoreError(f"{path} says {commit.rows} rows, the plan {planned}: {ADVICE}")
     return commit
 
 
@@ -153,8 +185,25 @@ def shard_path(store: Path, commit: Commit) -> Path:
     size = path.stat().st_size if path.is_file() else None
     if size != commit.bytes:
         found = "is missing" if size is None else f"has {size} bytes, expected {commit.bytes}"
-        raise StoreError(f"{path} {found}: restore the file, or make the store anew")
+        raise StoreError(f"{path} {found}: {ADVICE}")
     return path
+
+
+def read_shard(store: Path, kind: str, index: int, manifest: Manifest) -> Shard:
+    """One shard of a store with this manifest, mapped.
+
+    Raises:
+        StoreError: When its commit or its file is missing, damaged, or made for another store.
+    """
+    commit = read_commit(store, kind, index, manifest)
+    try:
+        return open_shard(store, commit)
+    except StoreError:
+        # A repair may have put another file in its place since.
+        again = read_commit(store, kind, index, manifest)
+        if again == commit:
+            raise
+        return open_shard(store, again)
 
 
 def open_shard(store: Path, commit: Commit) -> Shard:
@@ -170,9 +219,9 @@ def open_shard(store: Path, commit: Commit) -> Shard:
     try:
         batch = pa.ipc.open_file(pa.py_buffer(raw.numpy())).get_batch(0)
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"{path} is not a readable Arrow file ({error}): restore it") from error
+        raise StoreError(f"{path} is not a readable Arrow file ({error}): {ADVICE}") from error
     if batch.num_rows != commit.rows:
-        raise StoreError(f"{path} holds {batch.num_rows} rows, its commit says {commit.rows}: restore it")
+        raise StoreError(f"{path} holds {batch.num_rows} rows, its commit says {commit.rows}: {ADVICE}")
     return Shard(batch, raw)
 
 
@@ -185,6 +234,26 @@ def fixed_size_lists(name: str, values: np.ndarray[Any, Any]) -> tuple[pa.Field,
 def commit_path(store: Path, kind: str, index: int) -> Path:
     """Where the commit of a shard is, or will be."""
     return store / COMMITS / f"{_commit_name(kind)}-{index:05d}.json"
+
+
+def _is_file_of(kind: str, index: int, file: object) -> bool:
+    match = _FILE.fullmatch(file) if isinstance(file, str) else None
+    return match is not None and (match[1], int(match[2])) == (kind, index)
+
+
+def _write_file(store: Path, kind: str, index: int, batch: pa.RecordBatch, recipe: str) -> Commit:
+    """Write a shard under a name that no other writer has; the commit to be."""
+    name = f"{kind}/{index:05d}-{new_token()}.arrow"
+    path = store / name
+    with one_line_write_errors(path):
+        for folder in (path.parent, store / COMMITS):
+            folder.mkdir(parents=True, exist_ok=True)
+        with durable_file(path) as file:
+            sink = ChecksumWriter(file)
+            aligned = _aligned(batch)
+            with pa.ipc.new_file(sink, aligned.schema) as arrow:
+                arrow.write_batch(aligned)
+    return Commit(name, batch.num_rows, sink.num_bytes, sink.hexdigest(), recipe)
 
 
 def _commit_name(kind: str) -> str:

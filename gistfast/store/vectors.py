@@ -12,7 +12,7 @@ from gistfast.errors import StoreError, VectorError
 from gistfast.store.info import GuideInfo
 from gistfast.store.manifest import Manifest
 from gistfast.store.plan import read_plan
-from gistfast.store.shards import commit_path, fixed_size_lists, open_shard, pending_shards, read_commit, write_shard
+from gistfast.store.shards import commit_path, fixed_size_lists, pending_shards, read_shard, write_shard
 
 Array = np.ndarray[Any, Any]
 Role = Literal["query", "document"]
@@ -26,6 +26,8 @@ class VectorShards:
 
     Attributes:
         store: Folder of the store.
+        plan: What the store will be.
+        kind: Folder of the shards.
         sizes: Texts in each shard.
     """
 
@@ -39,9 +41,9 @@ class VectorShards:
         """
         self.store = store
         self.sizes = plan.plan.texts
-        self._plan = plan
+        self.plan = plan
         self._guide = guide
-        self._kind = f"vectors/{guide.key}"
+        self.kind = f"vectors/{guide.key}"
 
     @classmethod
     def open(cls, store: Path, guide: GuideInfo) -> "VectorShards":
@@ -59,15 +61,15 @@ class VectorShards:
 
     def pending(self) -> list[int]:
         """Numbers of the shards whose vectors are not committed, by this process or another, in order."""
-        return pending_shards(self.store, self._kind, self._plan)
+        return pending_shards(self.store, self.kind, self.plan)
 
     def is_committed(self, shard: int) -> bool:
         """Whether the vectors of `shard` are there."""
-        return commit_path(self.store, self._kind, shard).is_file()
+        return commit_path(self.store, self.kind, shard).is_file()
 
     def lock_path(self, shard: int) -> Path:
         """The file that a process locks while it embeds `shard`, so that others take another one."""
-        commit = commit_path(self.store, self._kind, shard)
+        commit = commit_path(self.store, self.kind, shard)
         return commit.with_name(f".{commit.stem}.lock")
 
     def texts_of(self, shard: int) -> list[str]:
@@ -100,10 +102,14 @@ class VectorShards:
                 f"shard {shard} got vectors of shape {vectors.shape}, expected {expected}: check the guide"
             )
         batch = vector_batch(vectors, self._guide.dtype, self.texts_of(shard), sum(self.sizes[:shard]))
-        return write_shard(self.store, self._kind, shard, batch, self._plan.recipe(self._kind, shard))
+        return self.commit(shard, batch)
+
+    def commit(self, shard: int, batch: pa.RecordBatch) -> bool:
+        """Write and commit a shard as it lies on disk; False when another process had done so first."""
+        return write_shard(self.store, self.kind, shard, batch, self.plan.recipe(self.kind, shard))
 
     def _text_columns(self, shard: int) -> pa.RecordBatch:
-        return open_shard(self.store, read_commit(self.store, "texts", shard, self._plan)).batch
+        return read_shard(self.store, "texts", shard, self.plan).batch
 
 
 def vector_batch(vectors: Array, dtype: str, texts: Sequence[str], first_entry: int) -> pa.RecordBatch:
