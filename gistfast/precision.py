@@ -42,7 +42,7 @@ def precision_of(model: torch.nn.Module) -> str:
 
 
 def pool_in_float32(model: "SentenceTransformer") -> None:
-    """Let everything behind the encoder compute in fp32: next to no time, and half of the error in scores.
+    """Let everything behind the encoder compute in fp32: a rounding less, though the encoder's own weigh more.
 
     Without it, sentence-transformers rounds each pooled vector to the encoder's precision before it is normalised.
     """
