@@ -109,5 +109,5 @@ class ScheduledLoss(TrainerCallback):
     ) -> None:
         """Average the gradient of a learned temperature over the processes: only the student's is averaged for us."""
         learned = self.loss.learned_temperature
-        if learned is not None and learned.log.grad is not None:
+        if learned is not None and learned.log.grad is not None and args.world_size > 1:
             learned.log.grad.copy_(all_gather(learned.log.grad[None]).mean())

@@ -67,8 +67,10 @@ def test_processes_average_the_gradient_of_a_learned_temperature(monkeypatch: py
     monkeypatch.setattr("gistfast.schedules.all_gather", lambda own: torch.cat([own, own + 2]))
     loss = SimpleNamespace(learned_temperature=learned, options={})
     callback = ScheduledLoss(loss, Schedule(temperature=0.05))  # type: ignore[arg-type]
-    callback.on_pre_optimizer_step(None, TrainerState(), TrainerControl())  # type: ignore[arg-type]
-    assert float(learned.log.grad) == 2.0
+    for world_size, gradient in ((1, 1.0), (2, 2.0)):
+        args = SimpleNamespace(world_size=world_size)
+        callback.on_pre_optimizer_step(args, TrainerState(), TrainerControl())  # type: ignore[arg-type]
+        assert learned.log.grad.item() == gradient
 
 
 def test_loss_with_a_learned_temperature_is_that_of_its_value(
