@@ -38,12 +38,11 @@ def _parsed(path: Path, text: str) -> Any:
     if kind not in (".yaml", ".yml", ".json"):
         raise ConfigError(f"--config {path} must be a .yaml, .yml or .json file")
 
-    class Loader(yaml.SafeLoader):
-        """Reads 2e-5 as the number that it is in YAML 1.2."""
-
+    # Reads 2e-5 as the number that it is in YAML 1.2.
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
     number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
-        return json.loads(text) if kind == ".json" else yaml.load(text, Loader)
+        return json.loads(text) if kind == ".json" else yaml.load(text, loader)
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path} is not valid {kind[1:].upper()}: {first_line(error)}") from error
