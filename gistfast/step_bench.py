@@ -4,24 +4,20 @@ The student is all-MiniLM-L6-v2 without dropout, the rows are docstrings of inst
 at 256 tokens. Every contender is a process; they take their steps in turn, on the same rows. A step is all that a
 trainer's loop does. Memory is the most that the process has held.
 
-Cases: "mixed" lengths at 64 and 256 rows, "equal" lengths, "large" batches by embedding twice, and with --mpnet a guide
-of 768 dimensions. The whole takes some 25 minutes on two cores and 20 GB, most of them others' steps; --quick is for
-development.
+Cases: "mixed" lengths at 64 and 256 rows, "equal" lengths, "large" batches by embedding twice, a "whole" run from its
+start to the saved student, and with --mpnet a guide of 768 dimensions. Without that it takes some 25 minutes on two
+cores and 20 GB, most of them for the others' steps; --quick is for development.
 """
 
 import argparse
-import ast
 import json
 import multiprocessing
 import platform
-import random
-import re
 import sys
-import sysconfig
 import tempfile
-import warnings
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import date
 from multiprocessing.connection import Connection
@@ -30,8 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from gistfast.demo.models import demo_guide
-from gistfast.stages.precompute import precompute
-from gistfast.step_contenders import OURS, Task, serve
+from gistfast.step_contenders import OURS, Task, run_whole, serve
+from gistfast.step_rows import make_store
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,7 @@ class Case:
         max_length: Tokens of a text at most.
         equal: Whether all texts are as long as that.
         guide: "minilm" or "mpnet".
+        whole: Whether what is measured is a run, from its start to the saved student, of as many steps.
     """
 
     name: str
@@ -59,6 +56,7 @@ class Case:
     max_length: int = 256
     equal: bool = False
     guide: str = "minilm"
+    whole: bool = False
 
 
 _LIVE = ("mnrl", "gist", "cached gist", "gistfast")
@@ -68,6 +66,7 @@ CASES = (
     Case("mixed-256", 256, _LIVE, steps=2),
     Case("equal-64", 64, ("mnrl", "gistfast"), steps=5, num_rows=448, max_length=128, equal=True),
     Case("large-2048", 2048, _LARGE, steps=1, warm_up=False),
+    Case("whole-64", 64, ("mnrl", "gistfast"), steps=16, whole=True),
     Case("mpnet-64", 64, ("gist", "cached gist", "gistfast"), steps=3, num_rows=512, guide="mpnet"),
     Case("mpnet-256", 256, ("gist", "gistfast"), steps=1, num_rows=512, guide="mpnet"),
 )
@@ -108,8 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     guides = {"minilm": demo_guide()} | ({"mpnet": options.mpnet} if options.mpnet else {})
     with tempfile.TemporaryDirectory() as temporary:
         for case in _chosen(options, guides):
-            store = make_store(case, guides[case.guide], options.folder or Path(temporary))
-            found = measure(case, store, guides[case.guide], options.threads)
+            guide, folder = guides[case.guide], options.folder or Path(temporary)
+            store = make_store(folder, case.guide, guide, case.num_rows, case.max_length if case.equal else None)
+            of_case = measure_whole if case.whole else measure
+            found = of_case(case, store, guide, options.threads)
             _show(case, found)
             if options.json:
                 _append(options.json, case, found, options.threads)
@@ -125,49 +126,6 @@ def _chosen(options: argparse.Namespace, guides: dict[str, Path]) -> Iterator[Ca
         if options.quick:
             case = replace(case, batch_size=case.batch_size // 4, num_rows=case.num_rows // 4, max_length=64)
         yield replace(case, contenders=wanted, steps=options.steps or case.steps)
-
-
-# What follows the first line where it is not a sentence: "Args: ...", "Parameters ------ ...", code and lists.
-_HEADING = re.compile(r"[^A-Z]|\w+( \w+)?\s*(:|---|===)")
-
-
-def docstring_pairs(num_rows: int) -> Iterator[tuple[str, str]]:
-    """First line and text of docstrings of the installed packages, always the same for the same packages."""
-    files = sorted(Path(sysconfig.get_paths()["purelib"]).glob("*/**/*.py"))
-    random.Random(0).shuffle(files)
-    seen: set[str] = set()
-    for file in files:
-        with suppress(SyntaxError, UnicodeDecodeError, ValueError), warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-                    continue
-                first, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
-                text = " ".join(rest.split())
-                new = first.endswith(".") and "\n" not in first and seen.isdisjoint({first, text[:50]})
-                if new and len(first) > 20 and len(text) > 40 and not _HEADING.match(text):
-                    seen |= {first, text[:50]}
-                    yield first, text
-                    if len(seen) == 2 * num_rows:
-                        return
-
-
-def make_store(case: Case, guide: Path, folder: Path) -> Path:
-    """The guide store of a case's rows, made unless it is there."""
-    rows = folder / f"{case.num_rows}{f'-of-{case.max_length}-tokens' * case.equal}.jsonl"
-    store = folder / f"{case.guide}-{rows.stem}"
-    if not (store / "store.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        # A word is a token at least: the text that is repeated so often is as long as can be.
-        repeats = case.max_length if case.equal else 1
-        pairs = [
-            [" ".join([text] * repeats)[: 20 * case.max_length] for text in pair]
-            for pair in docstring_pairs(case.num_rows)
-        ]
-        lines = [json.dumps({"anchor": anchor, "positive": positive}) for anchor, positive in pairs]
-        rows.write_text("\n".join(lines), encoding="utf-8")
-        precompute(rows, guide=guide, out=store, index="none", device="cpu", resume=True)
-    return store
 
 
 def measure(case: Case, store: Path, guide: Path, threads: int) -> dict[str, Found]:
@@ -200,6 +158,31 @@ def measure(case: Case, store: Path, guide: Path, threads: int) -> dict[str, Fou
     return {name: _found(steps) for name, steps in received.items()}
 
 
+def measure_whole(case: Case, store: Path, guide: Path, threads: int) -> dict[str, Found]:
+    """What the contenders' runs took, one after the other.
+
+    Raises:
+        SystemExit: When a contender fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    found = {}
+    for name in case.contenders:
+        with tempfile.TemporaryDirectory() as folder:
+            pipe, other = context.Pipe()
+            task = Task(name, store, demo_guide(), guide, case.batch_size, case.max_length, threads, Path(folder, name))
+            begun_s = time.perf_counter()
+            process = context.Process(target=run_whole, args=(other, task, case.steps), daemon=True)
+            process.start()
+            other.close()
+            try:
+                cpu_s, peak = pipe.recv()
+            except EOFError:
+                raise SystemExit(f"{case.name}: {name} failed, see above") from None
+            process.join()
+            found[name] = Found([time.perf_counter() - begun_s], [cpu_s], [0.0], peak)
+    return found
+
+
 def _found(steps: Sequence[tuple[float, float, float, float]]) -> Found:
     seconds, cpu_s, other_s, peaks = (list(values) for values in zip(*steps, strict=True))
     return Found(seconds, cpu_s, other_s, max(peaks))
@@ -209,8 +192,9 @@ def _show(case: Case, found: dict[str, Found]) -> None:
     """A table in Markdown."""
     last = case.contenders[-1]
     lengths = f"of {case.max_length} tokens each" if case.equal else f"of up to {case.max_length} tokens"
+    what = f"run of {case.steps} steps" if case.whole else "step"
     print(f"\n{case.name}: {case.batch_size} rows, texts {lengths}, guide {case.guide}\n")
-    print(f"| trainer | step, s | 20 % to 80 % | {last} takes | in CPU time | other than model and loss | peak MiB |")
+    print(f"| trainer | {what}, s | 20 % to 80 % | {last} takes | in CPU time | other than model and loss | peak MiB |")
     print("|---|---|---|---|---|---|---|")
     for name, values in found.items():
         low, median, high = np.percentile(values.seconds, [20, 50, 80])
@@ -219,7 +203,7 @@ def _show(case: Case, found: dict[str, Found]) -> None:
         )
         share = np.median(np.divide(values.other_s, values.seconds))
         cells = [f"{median:.2f}", f"{low:.2f} to {high:.2f}", f"{ratio:.2f}x", f"{cpu_ratio:.2f}x"]
-        cells += [f"{share:.1%}" if name in OURS else "", f"{values.peak_mib:,.0f}"]
+        cells += [f"{share:.1%}" if name in OURS and not case.whole else "", f"{values.peak_mib:,.0f}"]
         print(f"| {name} | {' | '.join(cells)} |")
     sys.stdout.flush()
 

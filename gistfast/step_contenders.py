@@ -11,9 +11,24 @@ import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer import losses
 from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from gistfast.batches import EvenBatchSampler
+from gistfast.config import TrainSettings, build
+from gistfast.run_folder import RunFolder
+from gistfast.store import GuideStore
+from gistfast.student import load_student
+from gistfast.trainer import GuidedTrainer
+from gistfast.trainer_setup import make_trainer
 
 PEERS = {"mnrl": "MultipleNegativesRankingLoss", "gist": "GISTEmbedLoss", "cached gist": "CachedGISTEmbedLoss"}
 OURS: dict[str, dict[str, Any]] = {
@@ -102,19 +117,15 @@ class Gate(TrainerCallback):
 
 
 def serve(pipe: Connection, task: Task) -> None:
-    """Train until told to stop; the target of a process."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    sys.stdout = sys.stderr
-    import torch
-
-    torch.set_num_threads(task.threads)
+    """Take steps until told to stop; the target of a process."""
+    _settle(task)
     gate = Gate(pipe)
     trainer = _own_trainer(task) if task.contender in OURS else _peer(task)
     model: Any = trainer.model
     gate.time(model, "forward")
     gate.time(trainer.accelerator, "backward")
     if task.contender in OURS:
-        gate.time(getattr(trainer, "loss"), "contrast")  # noqa: B009  # only ours has one
+        gate.time(cast(GuidedTrainer, trainer).loss, "contrast")
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(gate)
     pipe.send("ready")
@@ -122,31 +133,37 @@ def serve(pipe: Connection, task: Task) -> None:
         trainer.train()
 
 
-def _own_trainer(task: Task) -> Trainer:
-    from gistfast.config import TrainSettings, build
-    from gistfast.run_folder import RunFolder
-    from gistfast.store import GuideStore
-    from gistfast.student import load_student
-    from gistfast.trainer_setup import make_trainer
+def run_whole(pipe: Connection, task: Task, num_steps: int) -> None:
+    """Train for some steps and save the student; the target of a process."""
+    _settle(task)
+    if task.contender in OURS:
+        from gistfast.stages.train import train
 
+        options = {"batch_size": task.batch_size, "max_length": task.max_length, "dropout": 0.0, "device": "cpu"}
+        options |= {"max_steps": num_steps, "save_steps": 0, "trackers": ()} | OURS[task.contender]
+        train(task.store, student=task.student, out=task.folder, **options)
+    else:
+        trainer = _peer(task, num_steps)
+        trainer.train()
+        cast(SentenceTransformer, trainer.model).save_pretrained(str(task.folder))
+    pipe.send((time.process_time(), peak_mib()))
+
+
+def _settle(task: Task) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # What a trainer prints is not the benchmark's.
+    sys.stdout = sys.stderr
+    torch.set_num_threads(task.threads)
+
+
+def _own_trainer(task: Task) -> Trainer:
     options = {"store": task.store, "student": task.student, "out": task.folder, "batch_size": task.batch_size}
     settings = build(TrainSettings, {**options, **OURS[task.contender], "epochs": 1000.0, "save_steps": 0})
     model = load_student(str(task.student), max_length=task.max_length, dropout=0.0, device="cpu")
     return make_trainer(model, GuideStore.open(task.store), settings, RunFolder(task.folder), [])
 
 
-def _peer(task: Task) -> Trainer:
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
-    from sentence_transformers.sentence_transformer import losses
-
-    from gistfast.batches import EvenBatchSampler
-    from gistfast.store import GuideStore
-    from gistfast.student import load_student
-
+def _peer(task: Task, num_steps: int = -1) -> Trainer:
     model = load_student(str(task.student), max_length=task.max_length, dropout=0.0, device="cpu")
     options: dict[str, Any] = {} if task.contender == "mnrl" else {"temperature": 0.01}
     if task.contender != "mnrl":
@@ -155,6 +172,7 @@ def _peer(task: Task) -> Trainer:
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(task.folder),
         num_train_epochs=1000,
+        max_steps=num_steps,
         per_device_train_batch_size=task.batch_size,
         batch_sampler=EvenBatchSampler,
         learning_rate=2e-5,

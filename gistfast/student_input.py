@@ -102,7 +102,9 @@ def input_form(model: SentenceTransformer, prompts: Sequence[str]) -> InputForm:
     elif {"input_ids", "attention_mask"} <= tensors.keys():
         ids, mask = tensors.pop("input_ids"), tensors.pop("attention_mask")
         padding: Literal["left", "right"] = "right" if bool(mask[:, 0].all()) else "left"
-        form = InputForm(padding, int(ids[mask == 0][0]), tuple(tensors), tuple(constants), tuple(kinds))
+        # Cut at three tokens, all texts are of one length and nothing is ever padded.
+        pads = [*ids[mask == 0].tolist(), 0]
+        form = InputForm(padding, pads[0], tuple(tensors), tuple(constants), tuple(kinds))
     else:
         raise ModelError(f"the student takes {', '.join(probed[0])}, not to be made of stored tokens, {_OTHER_WAY}")
     for prompt, kind, features in zip(prompts, kinds, probed, strict=True):

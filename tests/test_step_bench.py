@@ -1,14 +1,16 @@
 """The benchmark of a step: contenders train, and what they are asked is what is measured."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from gistfast import step_bench
-from gistfast.step_bench import CASES, Case, docstring_pairs, main
+from gistfast.step_bench import CASES, Case, main
 from gistfast.step_contenders import OURS, PEERS
+from gistfast.step_rows import docstring_pairs, make_store
 from gistfast.store import GuideStore
 
 SMALL = Case("mixed-64", 8, ("mnrl", "gistfast"), steps=2, num_rows=24, max_length=32)
@@ -26,8 +28,7 @@ def test_rows_are_docstrings_always_the_same() -> None:
 
 
 def test_equal_texts_fill_the_length(guide_folder: Path, tmp_path: Path) -> None:
-    case = Case("equal", 4, ("gistfast",), steps=1, num_rows=4, max_length=32, equal=True)
-    store = GuideStore.open(step_bench.make_store(case, guide_folder, tmp_path))
+    store = GuideStore.open(make_store(tmp_path, "minilm", guide_folder, 4, equal_length=32))
     tokens = AutoTokenizer.from_pretrained(guide_folder)(list(store.texts), truncation=True, max_length=32)
     assert {len(ids) for ids in tokens["input_ids"]} == {32}
 
@@ -36,14 +37,16 @@ def test_equal_texts_fill_the_length(guide_folder: Path, tmp_path: Path) -> None
 def test_table_has_each_contender(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(step_bench, "CASES", (SMALL,))
+    whole = replace(SMALL, name="whole-64", steps=2, whole=True)
+    monkeypatch.setattr(step_bench, "CASES", (SMALL, whole))
     monkeypatch.setattr(step_bench, "demo_guide", lambda: tiny_student)
-    assert main(["--cases", "mixed-64", "--threads", "1", "--json", str(tmp_path / "found.jsonl")]) == 0
+    assert main(["--cases", "mixed-64", "whole-64", "--threads", "1", "--json", str(tmp_path / "found.jsonl")]) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n| {name} | " in printed for name in SMALL.contenders)
+    assert all(printed.count(f"\n| {name} | ") == 2 for name in SMALL.contenders)
     found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
-    assert [record["contender"] for record in found] == list(SMALL.contenders)
-    for record in found:
+    assert [record["contender"] for record in found] == 2 * list(SMALL.contenders)
+    assert all(len(record["seconds"]) == 1 for record in found if record["whole"])
+    for record in found[: len(SMALL.contenders)]:
         assert len(record["seconds"]) == SMALL.steps
         assert all(0 < other < whole for other, whole in zip(record["other_s"], record["seconds"], strict=True))
         assert record["peak_mib"] > 100

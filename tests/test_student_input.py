@@ -107,6 +107,12 @@ def test_vectors_of_tokens_are_the_students_own(student: SentenceTransformer) ->
     torch.testing.assert_close(torch.cat(parts), torch.cat(expected))
 
 
+def test_texts_may_be_cut_to_one_length(bert: SentenceTransformer) -> None:
+    bert.max_seq_length = 3
+    form = input_form(bert, [""])
+    assert same_features(bert, form, 0, "", TEXTS, *quickest_tokeniser(bert, "", TEXTS)(TEXTS))
+
+
 def test_prompts_make_two_kinds_only_where_pooling_leaves_them_out(bert: SentenceTransformer) -> None:
     assert input_form(bert, ["", PROMPT]).kind_of_prompt == (0, 0)
     bert.set_pooling_include_prompt(False)
