@@ -1,7 +1,8 @@
-import _thread
 import json
 import logging
 import math
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from threading import Event
@@ -355,17 +356,22 @@ def test_nobody_waits_for_other_requests_when_one_fails(server: EmbeddingStub) -
 def test_nobody_waits_for_requests_after_ctrl_c(server: EmbeddingStub) -> None:
     guide = guide_of(server, timeout_s=60.0)
     release = Event()
+    main_thread = threading.get_ident()
 
     def interrupting(handler: Handler, texts: list[str]) -> None:
-        _thread.interrupt_main()
+        # A true signal: it wakes the thread that waits for an answer.
+        signal.pthread_kill(main_thread, signal.SIGINT)
         release.wait(60)
 
     server.always = stuck(release)
     server.faults = [interrupting]
+    # A shell may have started the tests with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             guide.embed(TEXTS, "query")
     finally:
+        signal.signal(signal.SIGINT, before)
         release.set()
 
 
