@@ -92,7 +92,7 @@ def store_of(guide: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         folder = tmp_path_factory.mktemp("store")
         columns = dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=False))
         Dataset.from_dict(columns).to_json(folder / "rows.jsonl")
-        options = {"index": "none", "device": "cpu", "store_dtype": "float32"} | options
+        options = {"index": "none", "device": "cpu", "dtype": "float32", "store_dtype": "float32"} | options
         return precompute(folder / "rows.jsonl", guide=guide, out=folder / "store", **options)
 
     return make
