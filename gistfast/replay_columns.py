@@ -45,7 +45,8 @@ def partly_replayed_loss(
     leaves = [vectors.requires_grad_() for vectors in embedded]
     value: Tensor = loss.calculate_loss([[vectors] for vectors in leaves], labels, with_backward=True)
     gradients = [cast(Tensor, vectors.grad) for vectors in leaves]
-    found = carriers(torch.cat(gradients), torch.cat(leaves).detach(), tolerance)
+    sizes = torch.cat([features["attention_mask"].sum(dim=1) for features in columns]).cpu().numpy()
+    found = carriers(torch.cat(gradients), torch.cat(leaves).detach(), sizes, tolerance)
     starts = np.arange(len(leaves) + 1) * len(leaves[0])
     taken = [
         torch.from_numpy(found.places[first:end] - start).to(value.device)

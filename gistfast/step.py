@@ -5,9 +5,9 @@ Kept: every forward pass keeps its graph, one loss is taken on all vectors, one 
 Replayed (GradCache): the passes keep nothing, the loss and its gradient are taken on the vectors, and then each pass is
 made again with a graph to carry its part of the gradient to the weights: one pass is in memory at a time.
 
-When the softmax is sharp, few texts carry the gradient. A replay may leave out those that carry least. A text counts by
-the length of its gradient on the unit sphere, where the loss lives whatever the length of the student's vectors; the
-tolerance bounds the length of all that is left out, relative to that of the whole.
+When the softmax is sharp, few texts carry the gradient. A replay may leave out those that carry least for their size.
+What a text carries is the length of its gradient on the unit sphere, where the loss lives whatever the length of the
+student's vectors; the tolerance bounds the length of all that is left out, relative to that of the whole.
 
 Shapes: N texts, D student width.
 
@@ -100,7 +100,7 @@ def replayed_loss(
     gradient, *own_gradients = torch.autograd.grad(loss, [vectors, *own_weights])
     left_out = 0.0
     if replay.tolerance:
-        found = carriers(gradient, vectors.detach(), replay.tolerance, unbiased=replay.unbiased)
+        found = carriers(gradient, vectors.detach(), texts.sizes, replay.tolerance, unbiased=replay.unbiased)
         texts, states, left_out = part_of(texts, found.places, replay.passes), [], found.left_out
         places, weights = (torch.from_numpy(array).to(gradient.device) for array in (found.places, found.weights))
         gradient = gradient[places] * weights[:, None].to(gradient.dtype)
@@ -114,22 +114,31 @@ def replayed_loss(
     return loss, {name: torch.tensor(count, device=loss.device) for name, count in counts.items()}
 
 
-def carriers(gradient: Tensor, vectors: Tensor, tolerance: float, *, unbiased: bool = False) -> Carriers:
-    """The texts to replay, by their gradients (N, D) and vectors (N, D); see `Replay` for the rest."""
+def carriers(gradient: Tensor, vectors: Tensor, sizes: Array, tolerance: float, *, unbiased: bool = False) -> Carriers:
+    """The texts to replay: those with the largest shares of the squared gradient for each token that they cost.
+
+    Args:
+        gradient: (N, D) on the vectors.
+        vectors: (N, D) of the texts.
+        sizes: (N,) tokens of each text.
+        tolerance: As in `Replay`.
+        unbiased: As in `Replay`.
+    """
     on_sphere = torch.linalg.vector_norm(gradient, dim=1) * torch.linalg.vector_norm(vectors, dim=1)
-    lengths: Array = on_sphere.double().cpu().numpy()
-    order = np.argsort(-lengths, kind="stable")
+    squares: Array = on_sphere.double().square().cpu().numpy()
+    shares = squares / np.maximum(sizes, 1)
+    order = np.argsort(-shares, kind="stable")
     # What is left out when the first n texts are taken, squared.
-    rest = np.append(np.cumsum(lengths[order[::-1]] ** 2)[::-1], 0.0)
+    rest = np.append(np.cumsum(squares[order[::-1]])[::-1], 0.0)
     # At least one: no gradient at all would leave several processes waiting for each other.
     count = max(int((rest > tolerance**2 * rest[0]).sum()), 1)
     left_out = float(np.sqrt(rest[count] / rest[0])) if rest[0] else 0.0
-    shortest = lengths[order[count - 1]]
-    if not (unbiased and shortest):
+    smallest = shares[order[count - 1]]
+    if not (unbiased and smallest):
         places = np.sort(order[:count])
         return Carriers(places, np.ones(count), left_out)
-    # A text is drawn in proportion to its length, and then counts as much as the shortest of those always taken.
-    chances = np.minimum(lengths / shortest, 1.0)
+    # Least variance for the tokens spent: chances in proportion to the root of the share.
+    chances = np.minimum(np.sqrt(shares / smallest), 1.0)
     places = np.flatnonzero(torch.rand(len(chances), dtype=torch.float64).numpy() < chances)
     return Carriers(places, 1 / chances[places], left_out)
 

@@ -152,16 +152,17 @@ def test_whole_gradient_is_replayed_within_a_tiny_tolerance(step: Step) -> None:
 def test_tolerance_bounds_what_is_left_out(step: Step, tolerance: float) -> None:
     vectors = embed(step.model, step.form, step.texts).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(step.loss_of(vectors), vectors)
-    found = carriers(gradient, vectors.detach(), tolerance)
+    found = carriers(gradient, vectors.detach(), step.texts.sizes, tolerance)
     lengths = gradient.norm(dim=1) * vectors.detach().norm(dim=1)
     left = np.setdiff1d(np.arange(len(lengths)), found.places)
     assert len(left) > 0
     assert found.left_out == pytest.approx((lengths[left].norm() / lengths.norm()).item())
     assert found.left_out <= tolerance
-    # One text less would have been too few, and those taken are the longest.
-    taken = lengths[found.places]
-    assert torch.cat([lengths[left], taken.min()[None]]).norm() > tolerance * lengths.norm()
-    assert taken.min() >= lengths[left].max()
+    # Those taken have the largest shares for each token, and one text less would have been too few.
+    shares = lengths.numpy() ** 2 / step.texts.sizes
+    assert shares[found.places].min() >= shares[left].max()
+    last = found.places[shares[found.places].argmin()]
+    assert lengths[[*left, last]].norm() > tolerance * lengths.norm()
 
 
 def test_fewer_texts_are_replayed_with_a_gradient_nearby(step: Step) -> None:
@@ -179,11 +180,12 @@ def test_fewer_texts_are_replayed_with_a_gradient_nearby(step: Step) -> None:
 
 def test_mean_of_unbiased_draws_is_the_whole_gradient() -> None:
     gradient = torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5], dtype=torch.float64))
+    sizes = np.array([1, 2, 1, 2, 1])
     torch.manual_seed(0)
     mean = torch.zeros_like(gradient)
     draws = 2000
     for _ in range(draws):
-        found = carriers(gradient, torch.eye(5, dtype=torch.float64), 0.3, unbiased=True)
+        found = carriers(gradient, torch.eye(5, dtype=torch.float64), sizes, 0.3, unbiased=True)
         assert {0, 1} <= set(found.places)
         mean[found.places] += gradient[found.places] * torch.from_numpy(found.weights)[:, None] / draws
     torch.testing.assert_close(mean, gradient, rtol=0.1, atol=0)
@@ -193,7 +195,7 @@ def test_mean_of_unbiased_draws_is_the_whole_gradient() -> None:
 def test_no_gradient_is_replayed_by_one_text(step: Step) -> None:
     zeros = torch.zeros(5, 3)
     for unbiased in (False, True):
-        found = carriers(zeros, torch.ones(5, 3), 0.1, unbiased=unbiased)
+        found = carriers(zeros, torch.ones(5, 3), np.ones(5), 0.1, unbiased=unbiased)
         assert (len(found.places), found.left_out) == (1, 0.0)
 
 
@@ -201,7 +203,12 @@ def test_length_of_a_vector_does_not_count() -> None:
     """A loss of cosines has a longer gradient on a shorter vector."""
     vectors = torch.tensor([[1.0, 0.0], [0.01, 0.0]])
     gradient = torch.tensor([[0.0, 1.0], [0.0, 2.0]])
-    assert carriers(gradient, vectors, 0.5).places.tolist() == [0]
+    assert carriers(gradient, vectors, np.ones(2), 0.5).places.tolist() == [0]
+
+
+def test_long_texts_are_left_out_before_short_ones() -> None:
+    gradient = torch.diag(torch.tensor([1.0, 1.0, 0.9]))
+    assert carriers(gradient, torch.eye(3), np.array([10, 100, 10]), 0.7).places.tolist() == [0, 2]
 
 
 def test_part_of_texts_keeps_their_tokens(step: Step) -> None:
