@@ -15,14 +15,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import torch
 
 import gistfast.store.ingest
 from gistfast import open_guide
-from gistfast.config import PrecomputeSettings, build, to_dict
+from gistfast.guide import load_guide
 from gistfast.index import import_faiss
 from gistfast.stages.precompute import precompute
 from gistfast.store.plan import is_store, read_plan
@@ -43,6 +42,8 @@ def start(work: Work, store: Path) -> int:
         return child
     code = 1
     try:
+        # Before there are threads: PyTorch makes a new pool of them for the one that the fork left behind.
+        torch.set_num_threads(1)
         work(store)
         code = 0
     except Exception as error:
@@ -109,10 +110,9 @@ def main() -> None:
     torch.set_num_threads(1)
     import_faiss()
     gistfast.store.ingest.ROWS_PER_SHARD = ROWS_PER_SHARD
-    # The model is loaded, and has run once, before the processes are forked.
-    open_guide.load_guide = cache(open_guide.load_guide)
-    settings = build(PrecomputeSettings, {"source": first, "guide": guide, "out": folder})
-    open_guide.open_guide(to_dict(settings)).embed(["a text"], "query")
+    # The model is loaded before the processes are forked.
+    loaded = load_guide(str(guide))
+    open_guide.load_guide = lambda *_, **__: loaded
     works: list[Work] = [
         lambda store: precompute(first, guide=guide, out=store, resume=True, negatives=2),
         lambda store: precompute(second, guide=guide, out=store, append=True, negatives=2),
