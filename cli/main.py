@@ -10,7 +10,8 @@ from rich.text import Text
 
 from gistfast.cli.options import command, errors_in_one_line
 from gistfast.cli.store import app as store_app
-from gistfast.config import (
+from gistfast.progress import console
+from gistfast.settings.stages import (
     EvaluateSettings,
     PictureSettings,
     PrecomputeSettings,
@@ -18,7 +19,6 @@ from gistfast.config import (
     TrainSettings,
     to_dict,
 )
-from gistfast.progress import console
 
 app = typer.Typer(
     help="Train small text-embedding models with a guide that runs only once.",
@@ -49,7 +49,7 @@ def _train(settings: TrainSettings) -> None:
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
-    from gistfast.report import Panel, print_panels, scores_of
+    from gistfast.evaluation.report import Panel, print_panels, scores_of
     from gistfast.stages.evaluate import evaluate
 
     print_panels([Panel(settings.model, {"score": scores_of(evaluate(**to_dict(settings)))})])
@@ -58,8 +58,8 @@ def _evaluate(settings: EvaluateSettings) -> None:
 def _picture(settings: PictureSettings) -> None:
     from pathlib import Path
 
-    from gistfast.run_folder import RunFolder
-    from gistfast.run_picture import draw_run
+    from gistfast.training.run_folder import RunFolder
+    from gistfast.training.run_picture import draw_run
 
     run = RunFolder(Path(settings.run).expanduser())
     out = run.picture if settings.out is None else Path(settings.out).expanduser()
@@ -109,7 +109,7 @@ def _bench_step(context: typer.Context) -> None:
 
     Options are those of the benchmark: `gistfast bench step -- --help` lists them.
     """
-    from gistfast.step_bench import main
+    from gistfast.training.bench import main
 
     with errors_in_one_line():
         raise typer.Exit(main(context.args))
@@ -121,7 +121,7 @@ def _bench_precompute(context: typer.Context) -> None:
 
     Options are those of the benchmark: `gistfast bench precompute -- --help` lists them.
     """
-    from gistfast.guide_bench import main
+    from gistfast.guides.bench import main
 
     with errors_in_one_line():
         raise typer.Exit(main(context.args))
@@ -133,7 +133,7 @@ def _bench_memory(context: typer.Context) -> None:
 
     Options are those of the benchmark: `gistfast bench memory -- --help` lists them.
     """
-    from gistfast.memory_bench import main
+    from gistfast.stages.memory_bench import main
 
     with errors_in_one_line():
         raise typer.Exit(main(context.args))

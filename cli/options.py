@@ -11,8 +11,8 @@ import typer
 
 from gistfast.errors import ConfigError, GistfastError
 from gistfast.progress import console
-from gistfast.settings import Settings, build, flag_of
-from gistfast.settings_file import read_settings_file
+from gistfast.settings.base import Settings, build, flag_of
+from gistfast.settings.file import read_settings_file
 
 S = TypeVar("S", bound=Settings)
 

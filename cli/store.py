@@ -7,8 +7,8 @@ from typing import Any
 import typer
 
 from gistfast.cli.options import command
-from gistfast.config import to_dict
-from gistfast.store_config import StoreGcSettings, StoreInfoSettings, StoreRepairSettings, StoreVerifySettings
+from gistfast.settings.stages import to_dict
+from gistfast.settings.store import StoreGcSettings, StoreInfoSettings, StoreRepairSettings, StoreVerifySettings
 
 app = typer.Typer(
     help="Look into a guide store, check it, mend it, clear it up.", no_args_is_help=True, rich_markup_mode=None

@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gistfast.cached_loss import CachedGISTLoss
-    from gistfast.functional import guided_contrastive_loss
-    from gistfast.loss import GISTLoss
+    from gistfast.losses.cached_gist_loss import CachedGISTLoss
+    from gistfast.losses.functional import guided_contrastive_loss
+    from gistfast.losses.gist_loss import GISTLoss
     from gistfast.stages.precompute import precompute
     from gistfast.stages.train import train
     from gistfast.store import GuideStore
@@ -19,10 +19,10 @@ __version__ = "0.1.0"
 __all__ = ["CachedGISTLoss", "GISTLoss", "GuideStore", "guided_contrastive_loss", "precompute", "train"]
 
 _HOME = {
-    "CachedGISTLoss": "gistfast.cached_loss",
-    "GISTLoss": "gistfast.loss",
+    "CachedGISTLoss": "gistfast.losses.cached_gist_loss",
+    "GISTLoss": "gistfast.losses.gist_loss",
     "GuideStore": "gistfast.store",
-    "guided_contrastive_loss": "gistfast.functional",
+    "guided_contrastive_loss": "gistfast.losses.functional",
     "precompute": "gistfast.stages.precompute",
     "train": "gistfast.stages.train",
 }

@@ -117,8 +117,8 @@ def make_store(path: Path) -> Path:
     """A store of the demo's rows with random guide vectors of width 384."""
     import numpy as np
 
-    from gistfast.dataset import read_rows
     from gistfast.demo.data import wordnet_pairs
+    from gistfast.rows.dataset import read_rows
     from gistfast.store import GuideInfo, StoreWriter
 
     guide = GuideInfo(
@@ -147,8 +147,8 @@ def make_student(path: Path) -> Path:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    from gistfast.dataset import read_rows
     from gistfast.demo.data import wordnet_pairs
+    from gistfast.rows.dataset import read_rows
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()

@@ -155,8 +155,8 @@ def make_store(tmp_path: Path) -> Callable[..., Any]:
         tasks: Sequence[str | None] | None = None,
         **guide: Any,
     ) -> Any:
-        from gistfast.dataset import read_rows
         from gistfast.engines.shards import embed_shards
+        from gistfast.rows.dataset import read_rows
         from gistfast.stages.precompute import write_rows
         from gistfast.store import GuideStore, StoreWriter
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 import gistfast.store.ingest
-from gistfast import open_guide
-from gistfast.guide import load_guide
-from gistfast.index import import_faiss
+from gistfast.guides import open_guide
+from gistfast.guides.guide import load_guide
+from gistfast.neighbours.index import import_faiss
 from gistfast.stages.precompute import precompute
 from gistfast.store.plan import is_store, read_plan
 from gistfast.store.shards import commit_path

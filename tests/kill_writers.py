@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import gistfast.store.ingest
-from gistfast.dataset import read_rows
+from gistfast.rows.dataset import read_rows
 from gistfast.store import GuideInfo, StoreWriter
 
 ROWS_PER_SHARD = 2

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gistfast.functional import LossStats, guided_contrastive_loss
 from gistfast.kernels import fused
 from gistfast.kernels.reference import guided_contrastive_reference
+from gistfast.losses.functional import LossStats, guided_contrastive_loss
 
 # Under Triton's interpreter the tests of the kernels are tests of the fused one.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

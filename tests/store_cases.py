@@ -12,12 +12,12 @@ import numpy as np
 import torch
 import xxhash
 
-from gistfast.dataset import RowSource, read_rows
 from gistfast.errors import StoreError
-from gistfast.index import build_index, index_path
-from gistfast.index_search import choose_search
-from gistfast.mining import mine
-from gistfast.scores import score_pairs
+from gistfast.neighbours.index import build_index, index_path
+from gistfast.neighbours.index_search import choose_search
+from gistfast.neighbours.mining import mine
+from gistfast.neighbours.pair_scores import score_pairs
+from gistfast.rows.dataset import RowSource, read_rows
 from gistfast.store import GuideInfo, GuideStore, StoreWriter
 from gistfast.store.mined import MinedInfo
 

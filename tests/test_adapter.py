@@ -13,10 +13,10 @@ from sentence_transformers.sentence_transformer import modules
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from gistfast.errors import DependencyError, ModelError
-from gistfast.guide import load_guide
-from gistfast.model_folder import model_folder
-from gistfast.pretrained import load_sentence_transformer
-from gistfast.student import load_student
+from gistfast.guides.guide import load_guide
+from gistfast.models.folder import model_folder
+from gistfast.models.pretrained import load_sentence_transformer
+from gistfast.students.student import load_student
 
 peft: Any = pytest.importorskip("peft")
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gistfast.ahead import run_ahead
+from gistfast.guides.ahead import run_ahead
 
 
 @pytest.fixture

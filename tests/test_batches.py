@@ -32,14 +32,14 @@ from gistfast.batches.choice import row_lengths
 from gistfast.batches.clusters import cluster_places, default_count
 from gistfast.batches.compare import _scores, compare
 from gistfast.batches.compare import main as compare_main
-from gistfast.config import TrainSettings, build
-from gistfast.dataset import read_rows
 from gistfast.engines.shards import embed_shards
 from gistfast.errors import ConfigError, DependencyError, StoreError
-from gistfast.loss import GISTLoss
+from gistfast.losses.gist_loss import GISTLoss
+from gistfast.rows.dataset import read_rows
+from gistfast.settings.stages import TrainSettings, build
 from gistfast.stages.train import train
 from gistfast.store import GuideStore, StoreWriter
-from gistfast.trainer import GuidedTrainer
+from gistfast.training.trainer import GuidedTrainer
 
 
 def sampler(num_rows: int, batch_size: int, *, drop_last: bool = False, seed: int = 0) -> EvenBatchSampler:

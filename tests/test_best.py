@@ -8,11 +8,11 @@ import pytest
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from train_cases import ROWS, resumes_exactly, same_weights, train_small
 
-from gistfast.best import best_step, out_of_patience
-from gistfast.config import TrainSettings, build
 from gistfast.errors import ConfigError
-from gistfast.retrieval import MEASURES
-from gistfast.trainer import GuidedTrainer
+from gistfast.evaluation.retrieval import MEASURES
+from gistfast.settings.stages import TrainSettings, build
+from gistfast.training.best import best_step, out_of_patience
+from gistfast.training.trainer import GuidedTrainer
 
 # nDCG@10 after each of the steps; before the first it is higher than ever after.
 SCORES = (0.9, 0.5, 0.7, 0.6, 0.7, 0.65, 0.6)

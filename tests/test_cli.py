@@ -9,10 +9,16 @@ from typer.testing import CliRunner
 
 from gistfast.cli.main import app
 from gistfast.cli.options import command
-from gistfast.config import EvaluateSettings, PictureSettings, PrecomputeSettings, QuickstartSettings, TrainSettings
 from gistfast.errors import ConfigError, StoreError
-from gistfast.settings import Settings, argument, comma_separated, flag_of, setting
-from gistfast.store_config import StoreGcSettings, StoreInfoSettings, StoreRepairSettings, StoreVerifySettings
+from gistfast.settings.base import Settings, argument, comma_separated, flag_of, setting
+from gistfast.settings.stages import (
+    EvaluateSettings,
+    PictureSettings,
+    PrecomputeSettings,
+    QuickstartSettings,
+    TrainSettings,
+)
+from gistfast.settings.store import StoreGcSettings, StoreInfoSettings, StoreRepairSettings, StoreVerifySettings
 
 COMMANDS = {
     "precompute": PrecomputeSettings,

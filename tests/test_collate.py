@@ -8,14 +8,14 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from gistfast.collate import COUNTS, Collator, Rows
-from gistfast.feed import feed
-from gistfast.index_search import ExactSearch
-from gistfast.mining import mine
+from gistfast.neighbours.index_search import ExactSearch
+from gistfast.neighbours.mining import mine
 from gistfast.store import GuideStore
 from gistfast.store.export import rows_with_negatives
 from gistfast.store.mined import MinedInfo
-from gistfast.student_input import TextSet
+from gistfast.students.input import TextSet
+from gistfast.training.collate import COUNTS, Collator, Rows
+from gistfast.training.feed import feed
 
 # "automobile" is an anchor, a positive and a negative; two rows share a positive; "bank" comes twice.
 ROWS = [

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from gistfast.config import (
+from gistfast.errors import ConfigError
+from gistfast.settings.base import Settings, choices_of, column_names, comma_separated
+from gistfast.settings.stages import (
     EvaluateSettings,
     PrecomputeSettings,
     QuickstartSettings,
@@ -12,8 +14,6 @@ from gistfast.config import (
     build,
     to_dict,
 )
-from gistfast.errors import ConfigError
-from gistfast.settings import Settings, choices_of, column_names, comma_separated
 
 PRECOMPUTE = {"source": "pairs.jsonl", "guide": "guide", "out": "store"}
 TRAIN = {"store": "store", "student": "student", "out": "trained"}

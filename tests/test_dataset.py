@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gistfast import json_array
-from gistfast.dataset import RowSource, read_rows
 from gistfast.errors import ConfigError, DataError
+from gistfast.rows import json_array
+from gistfast.rows.dataset import RowSource, read_rows
 
 ROWS = [
     {"query": "What is a river?", "answer": "a large natural stream of water", "negative": "a road"},

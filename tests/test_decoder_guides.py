@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from gistfast.guide import load_guide
+from gistfast.guides.guide import load_guide
 
 # What processors compute in by default differs.
 exact = partial(load_guide, dtype="float32")

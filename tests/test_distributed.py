@@ -26,7 +26,7 @@ from gistfast import CachedGISTLoss, GISTLoss
 from gistfast.errors import ShapeError
 from gistfast.stages.precompute import precompute
 from gistfast.store import GuideStore
-from gistfast.student import set_dropout
+from gistfast.students.student import set_dropout
 
 RANKS = 2
 COLUMNS = ("anchor", "positive", "negative_1", "negative_2")

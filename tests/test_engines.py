@@ -16,12 +16,12 @@ import pytest
 import torch
 from conftest import RandomGuide
 
-from gistfast.batch_done import BatchDone, OnBatch
-from gistfast.dataset import read_rows
 from gistfast.engines.claims import claim
 from gistfast.engines.shards import Part, embed_shards
 from gistfast.errors import StoreError, VectorError
-from gistfast.formats import JsonFile
+from gistfast.guides.batch_done import BatchDone, OnBatch
+from gistfast.rows.dataset import read_rows
+from gistfast.rows.formats import JsonFile
 from gistfast.stages.precompute import precompute, precompute_part, write_rows
 from gistfast.store import GuideStore, StoreWriter
 from gistfast.store.plan import finish_plan, read_plan

@@ -9,7 +9,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from gistfast.errors import ConfigError, DataError, DependencyError, GistfastError, ModelError
-from gistfast.retrieval import held_out_retrieval
+from gistfast.evaluation.retrieval import held_out_retrieval
 from gistfast.stages.evaluate import evaluate
 from gistfast.stages.precompute import precompute
 from gistfast.store import GuideStore

@@ -14,9 +14,9 @@ from loss_cases import Batch, make_batch, outcome, truth, with_guides, with_ids
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gistfast import functional
 from gistfast.errors import ConfigError, ShapeError, VectorError
-from gistfast.functional import guided_contrastive_loss
+from gistfast.losses import functional
+from gistfast.losses.functional import guided_contrastive_loss
 
 both_backends = pytest.mark.parametrize("backend", ["reference", "chunked"])
 
@@ -295,7 +295,7 @@ def test_option_out_of_range_is_refused(changes: dict[str, Any], error: type[Exc
 def test_automatic_choice_is_made_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     functional._announced.clear()  # whatever was said before in this process counts as unsaid
     batch = make_batch(3).to(torch.float32)
-    with caplog.at_level(logging.INFO, logger="gistfast.functional"):
+    with caplog.at_level(logging.INFO, logger="gistfast.losses.functional"):
         automatic, chunked = outcome(batch, "auto"), outcome(batch, "chunked")
         outcome(batch, "auto")
     assert torch.equal(automatic.loss, chunked.loss)

@@ -21,7 +21,7 @@ from loss_cases import (
 from torch import Tensor
 
 from gistfast.errors import VectorError
-from gistfast.functional import guided_contrastive_loss
+from gistfast.losses.functional import guided_contrastive_loss
 
 pytestmark = [
     pytest.mark.gpu,

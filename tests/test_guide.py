@@ -15,14 +15,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
 from transformers import AutoTokenizer
 
-from gistfast.batch_done import BatchDone, advancing
 from gistfast.demo import models
 from gistfast.errors import ConfigError, DependencyError, ModelError, VectorError
-from gistfast.guide import ModelGuide, load_guide
-from gistfast.guide_bench import docstrings, score_errors
+from gistfast.guides.batch_done import BatchDone, advancing
+from gistfast.guides.bench import docstrings, score_errors
+from gistfast.guides.guide import ModelGuide, load_guide
+from gistfast.guides.spelling import StudentSpelling
+from gistfast.guides.token_batches import TokenBatch, TokenWindow
 from gistfast.progress import Bar
-from gistfast.spelling import StudentSpelling
-from gistfast.token_batches import TokenBatch, TokenWindow
 
 # What processors compute in by default differs.
 exact = partial(load_guide, dtype="float32")
@@ -70,8 +70,8 @@ def test_vectors_do_not_depend_on_the_batch(
     tiny_student: Path, tokens_per_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = exact(str(tiny_student)).embed(TEXTS, "query")
-    monkeypatch.setattr("gistfast.guide.CHARS_PER_WINDOW", 100)
-    monkeypatch.setattr("gistfast.guide.WINDOW_CHARS_PER_TOKEN", 0)
+    monkeypatch.setattr("gistfast.guides.guide.CHARS_PER_WINDOW", 100)
+    monkeypatch.setattr("gistfast.guides.guide.WINDOW_CHARS_PER_TOKEN", 0)
     vectors = exact(str(tiny_student), tokens_per_batch=tokens_per_batch).embed(TEXTS, "query")
     np.testing.assert_allclose(vectors, expected, atol=2e-6)
 
@@ -110,7 +110,9 @@ def test_threads_of_pytorch_are_what_they_were(tiny_student: Path) -> None:
 
 def test_error_of_the_tokenizer_ends_the_run(tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     guide = exact(str(tiny_student))
-    monkeypatch.setattr("gistfast.guide.tokenise", lambda *given: (_ for _ in ()).throw(ValueError("no such letter")))
+    monkeypatch.setattr(
+        "gistfast.guides.guide.tokenise", lambda *given: (_ for _ in ()).throw(ValueError("no such letter"))
+    )
     with pytest.raises(ValueError, match="no such letter"):
         guide.embed(TEXTS, "query")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("gistfast")]
@@ -147,7 +149,7 @@ def test_budget_of_a_gpu_is_measured_once_on_the_texts(tiny_student: Path, monke
         forward(next(window.batches(64)))
         return 64
 
-    monkeypatch.setattr("gistfast.guide.measure_budget", measured)
+    monkeypatch.setattr("gistfast.guides.guide.measure_budget", measured)
     expected = exact(str(tiny_student)).embed(TEXTS, "query")
     assert given == []
     guide = exact(str(tiny_student))
@@ -228,7 +230,7 @@ def test_precision_on_a_cpu_is_what_it_multiplies(
     tiny_student: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, multiplies: bool, dtype: str
 ) -> None:
     caplog.set_level("INFO", "gistfast")
-    monkeypatch.setattr("gistfast.precision.cpu_multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr("gistfast.guides.precision.cpu_multiplies_bfloat16", lambda: multiplies)
     assert load_guide(str(tiny_student)).info.compute_dtype == dtype
     assert caplog.text.count(f"guide on cpu in {dtype}") == 1
     assert load_guide(str(tiny_student), dtype="float32").info.compute_dtype == "float32"

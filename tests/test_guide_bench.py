@@ -4,8 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gistfast import guide_bench
-from gistfast.guide import ModelGuide
+from gistfast.guides import bench as guide_bench
+from gistfast.guides.guide import ModelGuide
 
 
 def test_table_has_a_line_for_each_way(tiny_student: Path, capsys: pytest.CaptureFixture[str]) -> None:

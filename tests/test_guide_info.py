@@ -7,7 +7,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
 
 from gistfast.errors import ModelError
-from gistfast.guide import load_guide
+from gistfast.guides.guide import load_guide
 
 TEXTS = ["river", "a bowed stringed instrument"]
 

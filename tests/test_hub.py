@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import errors
 
 from gistfast.errors import ModelError
-from gistfast.hub import download
+from gistfast.models.hub import download
 
 
 def response(status: int) -> Any:

@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from train_cases import ROWS, train_small
 
 from gistfast.errors import ConfigError
-from gistfast.hub_upload import HubUpload, check_hub
+from gistfast.training.hub_upload import HubUpload, check_hub
 
 
 class FakeHub:
@@ -121,8 +121,8 @@ def test_folder_that_is_gone_is_not_tried_again(tmp_path: Path) -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub()
-    monkeypatch.setattr("gistfast.hub_upload.HfApi", lambda: fake)
-    monkeypatch.setattr("gistfast.hub_upload.get_token", lambda: "a token")
+    monkeypatch.setattr("gistfast.training.hub_upload.HfApi", lambda: fake)
+    monkeypatch.setattr("gistfast.training.hub_upload.get_token", lambda: "a token")
     return fake
 
 
@@ -143,7 +143,7 @@ def test_run_uploads_checkpoints_and_student_but_nothing_of_this_machine(
 def test_run_ends_whatever_the_hub_does(
     hub: FakeHub, make_store: Callable[..., Any], tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gistfast.hub_upload._LAST_WAIT_S", 0.05)
+    monkeypatch.setattr("gistfast.training.hub_upload._LAST_WAIT_S", 0.05)
     hub.failures = [ConnectionError("no route")] * 1000
     options = {"store": make_store(ROWS).path, "student": tiny_student, "push_to_hub": "me/student"}
     assert train_small(**options, out=tmp_path / "out", save_steps=2).steps == 6
@@ -156,6 +156,6 @@ def test_upload_that_cannot_be_is_refused_at_once(hub: FakeHub, monkeypatch: pyt
     check_hub("me/student")
     with pytest.raises(ConfigError, match="--push-to-hub a/b/c is no name of a repository"):
         check_hub("a/b/c")
-    monkeypatch.setattr("gistfast.hub_upload.get_token", lambda: None)
+    monkeypatch.setattr("gistfast.training.hub_upload.get_token", lambda: None)
     with pytest.raises(ConfigError, match="not logged in: run `hf auth login`"):
         check_hub("me/student")

@@ -15,13 +15,13 @@ import torch
 from store_cases import GUIDE, source_of
 from store_cases import make_store as store_at
 
-from gistfast import index, index_build, index_recall, index_types
 from gistfast.errors import ConfigError, DependencyError, StoreError
-from gistfast.index import build_index, load_index, read_report, remove_other_indexes
-from gistfast.index_recall import WANTED_RECALL
-from gistfast.index_types import plan_index
-from gistfast.neighbours import search
-from gistfast.scorer import Scorer
+from gistfast.neighbours import index, index_build, index_recall, index_types
+from gistfast.neighbours.exact import search
+from gistfast.neighbours.index import build_index, load_index, read_report, remove_other_indexes
+from gistfast.neighbours.index_recall import WANTED_RECALL
+from gistfast.neighbours.index_types import plan_index
+from gistfast.neighbours.scorer import Scorer
 from gistfast.store import GuideStore
 
 MakeStore = Callable[..., GuideStore]
@@ -140,8 +140,8 @@ def test_another_kind_takes_the_place_of_the_first(make_store: MakeStore) -> Non
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gistfast import index_build
-from gistfast.index import build_index
+from gistfast.neighbours import index_build
+from gistfast.neighbours.index import build_index
 from gistfast.store import GuideStore
 
 add, shards = index_build.ListsOfVectors.add, []

@@ -33,8 +33,8 @@ from loss_cases import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gistfast.functional import guided_contrastive_loss
 from gistfast.kernels import bench
+from gistfast.losses.functional import guided_contrastive_loss
 
 
 def assert_same(first: Outcome, second: Outcome) -> None:

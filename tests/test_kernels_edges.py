@@ -18,7 +18,7 @@ from loss_cases import (
 from torch import Tensor
 
 from gistfast.errors import VectorError
-from gistfast.functional import guided_contrastive_loss
+from gistfast.losses.functional import guided_contrastive_loss
 
 
 @pytest.mark.parametrize("temperature", [0.001, torch.tensor(0.001), 0.012], ids=["0.001", "learned", "0.012"])

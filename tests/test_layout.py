@@ -61,7 +61,7 @@ def test_imports_point_from_cli_to_package_to_kernels() -> None:
 
 def test_importing_gistfast_loads_nothing_heavy() -> None:
     code = (
-        "import sys, gistfast, gistfast.config, gistfast.progress\n"
+        "import sys, gistfast, gistfast.settings.stages, gistfast.progress\n"
         "print({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy', 'faiss'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -28,7 +28,7 @@ from gistfast.batches import EvenBatchSampler
 from gistfast.stages.precompute import precompute
 from gistfast.stages.train import train
 from gistfast.store import GuideStore
-from gistfast.student import load_student
+from gistfast.students.student import load_student
 
 logger = logging.getLogger(__name__)
 

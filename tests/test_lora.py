@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from train_cases import ROWS, resumes_exactly, steps, train_small, weights
 
-from gistfast.config import TrainSettings, build
 from gistfast.errors import ConfigError, DependencyError
-from gistfast.lora import Lora, has_lora, merged
-from gistfast.model_folder import model_folder
-from gistfast.pretrained import load_sentence_transformer
-from gistfast.student import load_student
+from gistfast.models.folder import model_folder
+from gistfast.models.pretrained import load_sentence_transformer
+from gistfast.settings.stages import TrainSettings, build
+from gistfast.students.lora import Lora, has_lora, merged
+from gistfast.students.student import load_student
 
 peft: Any = pytest.importorskip("peft")
 

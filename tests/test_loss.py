@@ -27,7 +27,7 @@ from gistfast import CachedGISTLoss, GISTLoss, guided_contrastive_loss
 from gistfast.errors import ConfigError, GistfastError, ShapeError, StoreError
 from gistfast.stages.precompute import precompute
 from gistfast.store import GuideStore
-from gistfast.student import set_dropout
+from gistfast.students.student import set_dropout
 
 # Sharper than this the losses of random students say little.
 TEMPERATURE = 0.1

@@ -2,7 +2,7 @@ import mmap
 
 import pytest
 
-from gistfast import memory_bench
+from gistfast.stages import memory_bench
 
 SIZE = 32 << 20
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from gistfast import index_search, mining
 from gistfast.errors import ConfigError, StoreError
-from gistfast.index import build_index
-from gistfast.index_search import ExactSearch, IndexSearch, choose_search
-from gistfast.mining import mine
+from gistfast.neighbours import index_search, mining
+from gistfast.neighbours.index import build_index
+from gistfast.neighbours.index_search import ExactSearch, IndexSearch, choose_search
+from gistfast.neighbours.mining import mine
 from gistfast.store import GuideStore
 from gistfast.store.export import check_negatives, rows_with_negatives
 from gistfast.store.mined import MinedInfo, mined_info, pending_mined, remove_other_mined

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gistfast.errors import ModelError
-from gistfast.model_folder import model_folder
+from gistfast.models.folder import model_folder
 
 
 def copy_of(folder: Path, to: Path) -> Path:
@@ -36,7 +36,7 @@ def test_model_of_the_hub_keeps_its_name_and_commit(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = copy_of(tiny_student, tmp_path / "0123abcd")
-    monkeypatch.setattr("gistfast.model_folder.download", lambda name, **options: snapshot)
+    monkeypatch.setattr("gistfast.models.folder.download", lambda name, **options: snapshot)
     folder = model_folder("org/model", revision="main")
     assert (folder.name, folder.revision, folder.path) == ("org/model", "0123abcd", snapshot)
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from gistfast import neighbours, tiles
-from gistfast.neighbours import Asks, Found, search
-from gistfast.scorer import Scorer
+from gistfast.neighbours import exact as neighbours
+from gistfast.neighbours import tiles
+from gistfast.neighbours.exact import Asks, Found, search
+from gistfast.neighbours.scorer import Scorer
 
 Array = np.ndarray[Any, Any]
 WIDTH = 24

@@ -19,11 +19,11 @@ from embedding_servers import (
     well,
 )
 
-from gistfast.config import PrecomputeSettings, build
 from gistfast.errors import ConfigError, DataError, ModelError, StoreError
-from gistfast.formats import FORMATS
-from gistfast.guide_kinds import OPTIONS, READY_SUFFIXES, guide_kind
-from gistfast.settings import flag_of
+from gistfast.guides.kinds import OPTIONS, READY_SUFFIXES, guide_kind
+from gistfast.rows.formats import FORMATS
+from gistfast.settings.base import flag_of
+from gistfast.settings.stages import PrecomputeSettings, build
 from gistfast.stages.precompute import precompute
 
 # A value other than the default for each option that only one kind of guide takes.

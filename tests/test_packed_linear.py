@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.activations import GELUActivation
 
-from gistfast.packed_linear import PackedLinear, can_pack, pack_linears
-from gistfast.precision import cpu_multiplies_bfloat16
+from gistfast.guides.packed_linear import PackedLinear, can_pack, pack_linears
+from gistfast.guides.precision import cpu_multiplies_bfloat16
 
 pytestmark = pytest.mark.skipif(not can_pack(nn.Linear(1, 1)), reason="this processor or PyTorch cannot pack")
 
@@ -118,7 +118,7 @@ def test_subclasses_of_linear_are_left_alone() -> None:
 
 
 def test_half_precision_that_the_processor_lacks_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gistfast.packed_linear.cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("gistfast.guides.packed_linear.cpu_multiplies_bfloat16", lambda: False)
     assert can_pack(nn.Linear(4, 4))
     assert not can_pack(nn.Linear(4, 4).bfloat16())
     assert not can_pack(nn.Linear(4, 4).half())

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from gistfast.passes import Passes, cut_forwards
+from gistfast.training.passes import Passes, cut_forwards
 
 
 def cost(sizes: np.ndarray, cuts: list[tuple[int, int]], overhead: int) -> int:

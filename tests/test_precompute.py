@@ -26,8 +26,8 @@ from gistfast.errors import (
     StoreError,
     VectorError,
 )
-from gistfast.guide import ModelGuide, load_guide
-from gistfast.index import load_index, read_report
+from gistfast.guides.guide import ModelGuide, load_guide
+from gistfast.neighbours.index import load_index, read_report
 from gistfast.stages import precompute as stage
 from gistfast.stages.precompute import precompute
 from gistfast.store import GuideStore
@@ -322,7 +322,7 @@ def test_disk_full_at_any_write_loses_nothing(
 ) -> None:
     whole = precompute(pairs_file, guide=tiny_student, out=tmp_path / "whole")
     # What is tested is the writing: the guide is loaded once.
-    monkeypatch.setattr("gistfast.open_guide.load_guide", cache(load_guide))
+    monkeypatch.setattr("gistfast.guides.open_guide.load_guide", cache(load_guide))
     monkeypatch.setattr(os, "fsync", FullDisk(0))
     again = {"overwrite": True} if overwrite else {"resume": True}
     refusals = []

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gistfast.errors import ConfigError, StoreError
-from gistfast.index import load_index
+from gistfast.neighbours.index import load_index
 from gistfast.stages.precompute import precompute
 from gistfast.store import GuideStore
 

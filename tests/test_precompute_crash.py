@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from store_cases import FullDisk, contents, refusal_of
 
-from gistfast import open_guide
-from gistfast.index import read_report
+from gistfast.guides import open_guide
+from gistfast.neighbours.index import read_report
 from gistfast.stages.precompute import precompute
 from gistfast.store import GuideStore
 from gistfast.store.garbage import collect_garbage

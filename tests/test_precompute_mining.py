@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gistfast import mining
 from gistfast.errors import ConfigError
-from gistfast.index import read_report
+from gistfast.neighbours import mining
+from gistfast.neighbours.index import read_report
 from gistfast.stages.precompute import precompute
 
 Pairs = list[tuple[str, str]]
@@ -84,7 +84,7 @@ def test_index_memory_bounds_the_index(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("gistfast.index_types.FLAT_AT_MOST", 5)
+    monkeypatch.setattr("gistfast.neighbours.index_types.FLAT_AT_MOST", 5)
     options = {"guide": tiny_student, "out": tmp_path / "store"}
     with pytest.raises(ConfigError, match="--index pq learns its codes from 10,000 vectors at least"):
         precompute(pairs_file, **options, index_memory=1e-6)

@@ -9,8 +9,8 @@ from sentence_transformers.sentence_transformer import modules
 from transformers import AutoTokenizer, MPNetConfig, MPNetModel
 
 from gistfast.errors import ConfigError, ModelError
-from gistfast.model_folder import model_folder
-from gistfast.pretrained import POOLING_MODES, load_sentence_transformer, pick_device
+from gistfast.models.folder import model_folder
+from gistfast.models.pretrained import POOLING_MODES, load_sentence_transformer, pick_device
 
 
 def copy_of(folder: Path, to: Path) -> Path:

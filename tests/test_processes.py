@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from gistfast.config import PrecomputeSettings, build, to_dict
-from gistfast.dataset import read_rows
 from gistfast.engines.job import describe_guide
 from gistfast.engines.processes import LocalProcesses, local_devices
 from gistfast.engines.shards import WHOLE
 from gistfast.errors import VectorError, WorkerError
 from gistfast.progress import Bar
+from gistfast.rows.dataset import read_rows
+from gistfast.settings.stages import PrecomputeSettings, build, to_dict
 from gistfast.stages.precompute import precompute, write_rows
 from gistfast.store import StoreWriter
 

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import torch
 
-from gistfast.config import PrecomputeSettings, build, to_dict
 from gistfast.engines import ray_actors
 from gistfast.engines.ray_actors import RayCluster
 from gistfast.errors import ConfigError, DependencyError, ModelError, WorkerError
+from gistfast.settings.stages import PrecomputeSettings, build, to_dict
 from gistfast.stages.precompute import precompute
 
 NUM_SHARDS = 24

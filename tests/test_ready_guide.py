@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_servers import directions_of, vector_of
 
-from gistfast.batch_done import BatchDone
 from gistfast.errors import DataError, VectorError
-from gistfast.ready_guide import load_ready_guide
+from gistfast.guides.batch_done import BatchDone
+from gistfast.guides.ready_guide import load_ready_guide
 
 TEXTS = [f"text {number}" for number in range(23)]
 
@@ -54,7 +54,7 @@ def write_lines(path: Path, **columns: Sequence[Any]) -> str:
 def test_column_of_vectors_is_looked_up_by_text(
     tmp_path: Path, column: Callable[[Any], pa.Array], at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gistfast.ready_vectors.ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr("gistfast.guides.ready_vectors.ROWS_AT_ONCE", at_once)
     guide = load_ready_guide(write(tmp_path / "vectors.parquet", text=TEXTS, embedding=column(vectors_of(TEXTS))))
     wanted = [TEXTS[number] for number in (22, 3, 4, 4, 0, 9, 10, 14, 21)]
     vectors = guide.embed(wanted, "query")
@@ -152,7 +152,7 @@ def test_same_text_may_have_nearly_the_same_vector_again(tmp_path: Path) -> None
 def test_different_vectors_of_one_text_are_refused(
     tmp_path: Path, pairs_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gistfast.ready_guide.PAIRS_AT_ONCE", pairs_at_once)
+    monkeypatch.setattr("gistfast.guides.ready_guide.PAIRS_AT_ONCE", pairs_at_once)
     anchors, positives = [*TEXTS[:5], TEXTS[7]], [*TEXTS[5:10], "river"]
     vectors = vectors_of(positives)
     vectors[2] = vector_of("another")

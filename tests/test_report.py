@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from gistfast.report import Panel, draw_panels, print_panels, scores_of
+from gistfast.evaluation.report import Panel, draw_panels, print_panels, scores_of
 
 SCORES = {"before": {"nDCG@10": 0.25, "STS": 0.5}, "after": {"nDCG@10": 0.75}}
 

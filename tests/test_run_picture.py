@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from gistfast.cli.main import app
 from gistfast.errors import DataError, DependencyError
-from gistfast.run_picture import _lines, _panels, _smooth, _thinned, draw_run
+from gistfast.training.run_picture import _lines, _panels, _smooth, _thinned, draw_run
 
 LOG: list[dict[str, Any]] = [
     {"eval_loss": 2.0, "eval_held_out_cosine_ndcg@10": 0.5, "step": 0},

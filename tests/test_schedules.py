@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from train_cases import ROWS, resumes_exactly, steps, train_small
 from transformers import TrainerControl, TrainerState
 
-from gistfast.config import TrainSettings, build
 from gistfast.errors import ConfigError
-from gistfast.loss import GISTLoss
-from gistfast.schedules import LearnedTemperature, Schedule, ScheduledLoss
+from gistfast.losses.gist_loss import GISTLoss
+from gistfast.losses.schedules import LearnedTemperature, Schedule, ScheduledLoss
+from gistfast.settings.stages import TrainSettings, build
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_learned_temperature_stays_above_its_lowest_and_comes_back_from_there() 
 def test_processes_average_the_gradient_of_a_learned_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     learned = LearnedTemperature(0.05)
     learned.log.grad = torch.tensor(1.0)
-    monkeypatch.setattr("gistfast.schedules.all_gather", lambda own: torch.cat([own, own + 2]))
+    monkeypatch.setattr("gistfast.losses.schedules.all_gather", lambda own: torch.cat([own, own + 2]))
     loss = SimpleNamespace(learned_temperature=learned, options={})
     callback = ScheduledLoss(loss, Schedule(temperature=0.05))  # type: ignore[arg-type]
     for world_size, gradient in ((1, 1.0), (2, 2.0)):
@@ -76,7 +76,7 @@ def test_processes_average_the_gradient_of_a_learned_temperature(monkeypatch: py
 def test_loss_with_a_learned_temperature_is_that_of_its_value(
     make_store: Callable[..., Any], tiny_student: Path
 ) -> None:
-    from gistfast.student import load_student
+    from gistfast.students.student import load_student
 
     store, model = make_store(ROWS), load_student(str(tiny_student), device="cpu").eval()
     rows = store.to_dataset("train")[:4]

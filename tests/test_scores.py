@@ -9,9 +9,9 @@ import torch
 from store_cases import GUIDE, embed, source_of
 from store_cases import make_store as store_at
 
-from gistfast import scores
 from gistfast.errors import StoreError
-from gistfast.scores import score_pairs
+from gistfast.neighbours import pair_scores as scores
+from gistfast.neighbours.pair_scores import score_pairs
 from gistfast.store import GuideStore, StoreWriter, pending_scores, write_scores
 
 # The anchor of the first row is its own positive; two rows share a positive.

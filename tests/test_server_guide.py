@@ -26,10 +26,10 @@ from embedding_servers import (
     with_numbers,
 )
 
-from gistfast.batch_done import BatchDone
-from gistfast.embedding_server import EmbeddingServer, endpoint_of
 from gistfast.errors import ConfigError, GistfastError, ModelError, VectorError
-from gistfast.server_guide import ServerGuide, load_server_guide
+from gistfast.guides.batch_done import BatchDone
+from gistfast.guides.embedding_server import EmbeddingServer, endpoint_of
+from gistfast.guides.server_guide import ServerGuide, load_server_guide
 
 TEXTS = [f"text {number} " + "long " * (number % 7) for number in range(50)]
 KEY = "sk-very-secret-0123456789"

@@ -6,9 +6,9 @@ import typer
 from typer.testing import CliRunner
 
 from gistfast.cli.options import command
-from gistfast.config import TrainSettings, build, to_dict
 from gistfast.errors import ConfigError
-from gistfast.settings_file import read_settings_file
+from gistfast.settings.file import read_settings_file
+from gistfast.settings.stages import TrainSettings, build, to_dict
 
 YAML = """
 store: guide-store

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from gistfast import GISTLoss
-from gistfast.collate import Batch
-from gistfast.feed import feed
-from gistfast.passes import Passes
-from gistfast.step import Replay, carriers, embed, part_of, replayed_loss
+from gistfast.losses.carriers import carriers
 from gistfast.store import GuideStore
-from gistfast.student import set_dropout
-from gistfast.student_input import InputForm, TextSet
+from gistfast.students.input import InputForm, TextSet
+from gistfast.students.student import set_dropout
+from gistfast.training.collate import Batch
+from gistfast.training.feed import feed
+from gistfast.training.passes import Passes
+from gistfast.training.step import Replay, embed, part_of, replayed_loss
 
 # "automobile" is an anchor, a positive and a negative; two rows share a positive; "bank" comes twice.
 ROWS = [

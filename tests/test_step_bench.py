@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from gistfast import step_bench
-from gistfast.step_bench import CASES, Case, main
-from gistfast.step_contenders import OURS, PEERS
-from gistfast.step_rows import docstring_pairs, make_store
 from gistfast.store import GuideStore
+from gistfast.training import bench as step_bench
+from gistfast.training.bench import CASES, Case, main
+from gistfast.training.bench_contenders import OURS, PEERS
+from gistfast.training.bench_rows import docstring_pairs, make_store
 
 SMALL = Case("mixed-64", 8, ("mnrl", "gistfast"), steps=2, num_rows=24, max_length=32)
 

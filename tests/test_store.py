@@ -30,8 +30,8 @@ from store_cases import (
     vectors_for,
 )
 
-from gistfast.dataset import RowSource, read_rows
 from gistfast.errors import ConfigError, StoreError, VectorError
+from gistfast.rows.dataset import RowSource, read_rows
 from gistfast.store import GuideInfo, GuideStore, StoreWriter, pending_scores, write_scores
 from gistfast.store.keys import KeyTable
 

@@ -15,14 +15,14 @@ from embedding_servers import embedding_server, well
 from store_cases import KINDS, FullDisk, commit_file, contents, file_of, files_of, flip_bit, refusal_of, shard_file
 
 from gistfast.errors import ConfigError, StoreError
-from gistfast.guide import ModelGuide, load_guide
+from gistfast.guides.guide import ModelGuide, load_guide
+from gistfast.settings.store import StoreRepairSettings
 from gistfast.stages.precompute import precompute
 from gistfast.stages.repair import Repaired, repair
 from gistfast.store import GuideStore
 from gistfast.store.garbage import collect_garbage
 from gistfast.store.plan import read_plan
 from gistfast.store.verify import check_store
-from gistfast.store_config import StoreRepairSettings
 
 Pairs = list[tuple[str, str]]
 Mend = Callable[..., Repaired]
@@ -168,7 +168,7 @@ def test_repair_that_stops_anywhere_goes_on(
     real: Path, mend: Mend, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is tested is the writing: the guide is loaded once.
-    monkeypatch.setattr("gistfast.open_guide.load_guide", cache(load_guide))
+    monkeypatch.setattr("gistfast.guides.open_guide.load_guide", cache(load_guide))
     sound, refusals = contents(GuideStore.open(real)), []
     whole = real.rename(tmp_path / "whole")
     for call in range(1, 100, 3):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from store_cases import GUIDE, ROWS, TWO_PROMPTS, contents, embed, fill, make_store, source_of
 
-from gistfast.dataset import RowSource
 from gistfast.errors import StoreError
-from gistfast.scores import score_pairs
+from gistfast.neighbours.pair_scores import score_pairs
+from gistfast.rows.dataset import RowSource
 from gistfast.store import GuideInfo, GuideStore, StoreWriter
 
 # Half of their texts are known; the last one is a row that the store has.

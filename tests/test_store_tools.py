@@ -30,12 +30,12 @@ from store_cases import (
 from typer.testing import CliRunner
 
 from gistfast.cli.main import app
-from gistfast.dataset import RowSource
 from gistfast.errors import StoreError
-from gistfast.index import build_index, index_path, load_index
-from gistfast.index_search import choose_search
-from gistfast.mining import mine
-from gistfast.scores import score_pairs
+from gistfast.neighbours.index import build_index, index_path, load_index
+from gistfast.neighbours.index_search import choose_search
+from gistfast.neighbours.mining import mine
+from gistfast.neighbours.pair_scores import score_pairs
+from gistfast.rows.dataset import RowSource
 from gistfast.store import GuideInfo, GuideStore, StoreWriter
 from gistfast.store.describe import describe_store
 from gistfast.store.garbage import collect_garbage

@@ -28,9 +28,9 @@ from store_cases import (
     source_of,
 )
 
-from gistfast.dataset import RowSource
 from gistfast.errors import StoreError
-from gistfast.index import index_path
+from gistfast.neighbours.index import index_path
+from gistfast.rows.dataset import RowSource
 from gistfast.stages.repair import repair
 from gistfast.store import GuideStore, StoreWriter
 from gistfast.store.describe import describe_store

@@ -11,8 +11,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from torch import nn
 
 from gistfast.errors import ConfigError, ModelError
-from gistfast.student import load_student, set_dropout
-from gistfast.student_layers import keep_transformer_layers
+from gistfast.students.layers import keep_transformer_layers
+from gistfast.students.student import load_student, set_dropout
 
 TEXTS = ["a dog runs in the park", "interest rates rose"]
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 30522}
@@ -89,7 +89,7 @@ def test_without_dropout_training_mode_computes_the_same_each_time(
 
 
 def test_real_model_keeps_its_first_layers(guide_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "gistfast.student_layers"):
+    with caplog.at_level(logging.INFO, "gistfast.students.layers"):
         student = load_student(str(guide_folder), keep_layers=[0, 1, 2], max_length=64, device="cpu")
     assert "kept layers 0,1,2 of 6" in caplog.text
     assert student.config.num_hidden_layers == 3

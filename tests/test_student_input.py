@@ -13,8 +13,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Router, 
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from gistfast.errors import ModelError
-from gistfast.student_input import input_form, same_features, text_set
-from gistfast.tokenising import quickest_tokeniser, tokenise, tokenizer_record
+from gistfast.students.input import input_form, same_features, text_set
+from gistfast.students.tokenising import quickest_tokeniser, tokenise, tokenizer_record
 
 TEXTS = [
     "oak",

@@ -13,8 +13,8 @@ from tokenizers.models import WordLevel
 from train_cases import ROWS, resumes_exactly, same_weights, train_small, weights
 
 from gistfast.errors import ConfigError, ModelError
-from gistfast.student import load_student
-from gistfast.student_layers import freeze_parts
+from gistfast.students.layers import freeze_parts
+from gistfast.students.student import load_student
 
 TEXTS = ["a dog runs in the park", "rates"]
 

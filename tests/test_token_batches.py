@@ -7,7 +7,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from gistfast.errors import ModelError
-from gistfast.token_batches import Padding, TokenBatch, TokenWindow, cut_windows, tokenise
+from gistfast.guides.token_batches import Padding, TokenBatch, TokenWindow, cut_windows, tokenise
 
 LENGTHS = [3, 1, 6, 2, 6, 4, 1]
 

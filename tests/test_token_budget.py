@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from gistfast.token_batches import Padding, TokenBatch, TokenWindow
-from gistfast.token_budget import choose_budget, measure_budget
+from gistfast.guides.token_batches import Padding, TokenBatch, TokenWindow
+from gistfast.guides.token_budget import choose_budget, measure_budget
 
 BUDGETS = (4, 8, 16, 32, 64)
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from gistfast import tokens as module
 from gistfast.errors import StoreError
 from gistfast.store import GuideStore
-from gistfast.tokens import Tokens, student_tokens
+from gistfast.students import tokens as module
+from gistfast.students.tokens import Tokens, student_tokens
 
 ROWS = [
     ("car", "a motor vehicle with four wheels", "a toy"),

@@ -18,11 +18,11 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gistfast.errors import ConfigError, DependencyError, GistfastError, ModelError, StoreError
-from gistfast.modelcard import add_section
 from gistfast.stages.precompute import precompute
 from gistfast.stages.train import TrainReport, train
 from gistfast.store import GuideStore
-from gistfast.trainer import GuidedTrainer
+from gistfast.training.modelcard import add_section
+from gistfast.training.trainer import GuidedTrainer
 
 ROWS = [
     ("car", "a motor vehicle with four wheels", "a vehicle with two wheels", "a boat with sails"),
@@ -476,7 +476,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("gistfast.callbacks.find_spec", lambda name: None)
+    monkeypatch.setattr("gistfast.training.callbacks.find_spec", lambda name: None)
     with pytest.raises(error, match=message) as caught:
         run(**option)
     assert "\n" not in str(caught.value)
@@ -549,7 +549,7 @@ def test_tensorboard_is_written_where_it_is_installed(run: Callable[..., TrainRe
 def test_missing_tensorboard_is_said_once(
     run: Callable[..., TrainReport], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gistfast.callbacks.find_spec", lambda name: None)
+    monkeypatch.setattr("gistfast.training.callbacks.find_spec", lambda name: None)
     with caplog.at_level(logging.INFO, "gistfast"):
         report = run(trackers=None)
     assert caplog.text.count("TensorBoard is not installed") == 1

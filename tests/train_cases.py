@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from gistfast.stages.train import TrainReport, train
-from gistfast.trainer import GuidedTrainer
+from gistfast.training.trainer import GuidedTrainer
 
 # Two anchors share a positive.
 WORDS = ("oak", "river", "bread", "violin", "bank", "judge", "car", "sleep")

@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 from gistfast import CachedGISTLoss, GISTLoss, precompute
 from gistfast.demo.data import wordnet_pairs
 from gistfast.demo.models import demo_guide
-from gistfast.student import load_student
+from gistfast.students.student import load_student
 
 
 def main(

@@ -18,7 +18,7 @@ from gistfast.batches.samplers import (
     num_batches,
 )
 from gistfast.errors import ConfigError
-from gistfast.index import import_faiss
+from gistfast.neighbours.index import import_faiss
 from gistfast.store import GuideStore
 
 logger = logging.getLogger(__name__)

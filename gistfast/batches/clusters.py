@@ -19,7 +19,7 @@ import torch
 
 from gistfast.batches.orders import Array
 from gistfast.errors import ConfigError, StoreError
-from gistfast.index import import_faiss
+from gistfast.neighbours.index import import_faiss
 from gistfast.progress import progress
 from gistfast.store import GuideStore
 from gistfast.store.files import create_file, one_line_write_errors

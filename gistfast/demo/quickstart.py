@@ -15,7 +15,7 @@ from typing import Any
 import gistfast
 from gistfast.demo.data import wordnet_pairs, write_sts_pairs
 from gistfast.demo.models import demo_guide
-from gistfast.report import Panel, draw_panels, print_panels, scores_of
+from gistfast.evaluation.report import Panel, draw_panels, print_panels, scores_of
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,9 @@ def score_models(journal: Journal, folder: Path, store: Result) -> Result:
     """Stage 3: what the student was worth before and after, and what the guide is worth."""
 
     def work() -> Result:
-        from gistfast.pretrained import no_weight_bar
+        from gistfast.models.pretrained import no_weight_bar
         from gistfast.stages.evaluate import evaluate
-        from gistfast.student import load_student
+        from gistfast.students.student import load_student
 
         before = folder / "student-before"
         with no_weight_bar():

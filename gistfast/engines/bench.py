@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gistfast.dataset import read_rows
 from gistfast.engines.claims import claim
+from gistfast.rows.dataset import read_rows
 from gistfast.store import StoreWriter
 from gistfast.store.bench import GUIDE, vectors_of
 from gistfast.store.files import file_checksum

@@ -4,14 +4,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from gistfast.batch_done import advancing
 from gistfast.engines.job import stored_info
 from gistfast.engines.processes import LocalProcesses, local_devices
 from gistfast.engines.ray_actors import RayCluster
 from gistfast.engines.shards import Part, embed_shards
-from gistfast.guide import Guide
-from gistfast.guide_kinds import guide_kind
-from gistfast.open_guide import open_guide
+from gistfast.guides.batch_done import advancing
+from gistfast.guides.guide import Guide
+from gistfast.guides.kinds import guide_kind
+from gistfast.guides.open_guide import open_guide
 from gistfast.progress import Bar
 from gistfast.store import GuideInfo
 from gistfast.store.vectors import VectorShards

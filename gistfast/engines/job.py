@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gistfast.batch_done import OnBatch
 from gistfast.engines.shards import Part, embed_shards
-from gistfast.guide import Guide
-from gistfast.open_guide import open_guide
+from gistfast.guides.batch_done import OnBatch
+from gistfast.guides.guide import Guide
+from gistfast.guides.open_guide import open_guide
 from gistfast.store import GuideInfo
 from gistfast.store.vectors import VectorShards
 

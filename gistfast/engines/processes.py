@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gistfast import errors
-from gistfast.batch_done import BatchDone, advancing
 from gistfast.engines.job import describe_guide
 from gistfast.engines.shards import Part
 from gistfast.errors import WorkerError
-from gistfast.pretrained import pick_device
+from gistfast.guides.batch_done import BatchDone, advancing
+from gistfast.models.pretrained import pick_device
 from gistfast.progress import Bar
 from gistfast.store import GuideInfo
 from gistfast.store.vectors import VectorShards

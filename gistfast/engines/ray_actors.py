@@ -13,11 +13,11 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from gistfast.batch_done import BatchDone
 from gistfast.engines.job import describe_guide, embed_part
 from gistfast.engines.shards import Part
 from gistfast.errors import ConfigError, DependencyError, GistfastError, WorkerError, first_line
-from gistfast.guide_kinds import guide_kind
+from gistfast.guides.batch_done import BatchDone
+from gistfast.guides.kinds import guide_kind
 from gistfast.progress import Bar
 from gistfast.store import GuideInfo
 from gistfast.store.vectors import VectorShards

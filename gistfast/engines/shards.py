@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gistfast.batch_done import BatchDone, OnBatch
 from gistfast.engines.claims import Claim, claim
-from gistfast.guide import Guide
+from gistfast.guides.batch_done import BatchDone, OnBatch
+from gistfast.guides.guide import Guide
 from gistfast.store.vectors import Role, VectorShards
 
 logger = logging.getLogger(__name__)

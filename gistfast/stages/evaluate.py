@@ -8,13 +8,13 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
-from gistfast.config import EvaluateSettings, build
 from gistfast.errors import ConfigError, DataError, DependencyError, first_line
-from gistfast.judged import read_retrieval, read_scored_pairs
-from gistfast.model_folder import model_folder
-from gistfast.pretrained import load_sentence_transformer, pick_device
+from gistfast.evaluation.judged import read_retrieval, read_scored_pairs
+from gistfast.evaluation.retrieval import RetrievalTask, held_out_retrieval, retrieval_evaluator, retrieval_scores
+from gistfast.models.folder import model_folder
+from gistfast.models.pretrained import load_sentence_transformer, pick_device
 from gistfast.progress import console
-from gistfast.retrieval import RetrievalTask, held_out_retrieval, retrieval_evaluator, retrieval_scores
+from gistfast.settings.stages import EvaluateSettings, build
 from gistfast.store import GuideStore
 from gistfast.store.files import write_json
 

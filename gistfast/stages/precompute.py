@@ -9,21 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gistfast.config import PrecomputeSettings
-from gistfast.dataset import RowSource, read_rows
 from gistfast.engines.choice import Engine, start_engine
 from gistfast.engines.shards import WHOLE, Part
 from gistfast.errors import StoreError
-from gistfast.guide_kinds import guide_kind
-from gistfast.index import build_index, import_faiss, remove_other_indexes
-from gistfast.index_search import choose_search
-from gistfast.mining import mine
-from gistfast.open_guide import open_guide
-from gistfast.pretrained import pick_device
+from gistfast.guides.kinds import guide_kind
+from gistfast.guides.open_guide import open_guide
+from gistfast.guides.same_guide import check_same_guide
+from gistfast.models.pretrained import pick_device
+from gistfast.neighbours.index import build_index, import_faiss, remove_other_indexes
+from gistfast.neighbours.index_search import choose_search
+from gistfast.neighbours.mining import mine
+from gistfast.neighbours.pair_scores import score_pairs
 from gistfast.progress import progress
-from gistfast.same_guide import check_same_guide
-from gistfast.scores import score_pairs
-from gistfast.settings import build, to_dict
+from gistfast.rows.dataset import RowSource, read_rows
+from gistfast.settings.base import build, to_dict
+from gistfast.settings.stages import PrecomputeSettings
 from gistfast.store import GuideStore, StoreWriter
 from gistfast.store.mined import MinedInfo, mined_infos, remove_other_mined
 from gistfast.store.plan import FolderLock, is_store
@@ -44,7 +44,7 @@ def precompute(source: str | Path, *, guide: str | Path, out: str | Path, **opti
         source: File, folder, glob or hub id with the rows.
         guide: Folder or hub id of a model, address of an embedding server, or file of texts with ready vectors.
         out: Folder of the store.
-        **options: The other fields of `gistfast.config.PrecomputeSettings`.
+        **options: The other fields of `gistfast.settings.stages.PrecomputeSettings`.
 
     Raises:
         ConfigError: For an unknown or bad option.

@@ -11,26 +11,26 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gistfast.batch_done import advancing
-from gistfast.dataset import RowSource, read_rows
 from gistfast.engines.shards import embed_by_role
 from gistfast.errors import DataError, ModelError, StoreError
-from gistfast.index import index_path
-from gistfast.index_check import index_problem, rebuild_index
-from gistfast.index_search import choose_search
-from gistfast.mining import mine
-from gistfast.pretrained import pick_device
+from gistfast.guides.batch_done import advancing
+from gistfast.guides.recorded_guide import open_recorded_guide
+from gistfast.models.pretrained import pick_device
+from gistfast.neighbours.index import index_path
+from gistfast.neighbours.index_check import index_problem, rebuild_index
+from gistfast.neighbours.index_search import choose_search
+from gistfast.neighbours.mining import mine
+from gistfast.neighbours.pair_scores import score_pairs
 from gistfast.progress import progress
-from gistfast.recorded_guide import open_recorded_guide
-from gistfast.scores import score_pairs
-from gistfast.settings import build
+from gistfast.rows.dataset import RowSource, read_rows
+from gistfast.settings.base import build
+from gistfast.settings.store import StoreRepairSettings
 from gistfast.store import GuideStore, Manifest
 from gistfast.store.mined import mined_info
 from gistfast.store.plan import FolderLock, missing_vectors, refuse_no_store
 from gistfast.store.repair import VectorsAgain, remake_rows
 from gistfast.store.shards import committed_shards
 from gistfast.store.verify import BadShard, Findings, check_store
-from gistfast.store_config import StoreRepairSettings
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def repair(store: str | Path, **options: Any) -> Repaired:
 
     Args:
         store: Folder of the store.
-        **options: The other fields of `gistfast.store_config.StoreRepairSettings`.
+        **options: The other fields of `gistfast.settings.store.StoreRepairSettings`.
 
     Raises:
         ConfigError: For an unknown or bad option.

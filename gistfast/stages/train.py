@@ -17,29 +17,29 @@ from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback, TrainerState
 
 from gistfast.batches import StoreBatches
-from gistfast.best import best_step, out_of_patience
-from gistfast.callbacks import (
+from gistfast.errors import ConfigError, GistfastError
+from gistfast.models.pretrained import no_weight_bar
+from gistfast.settings.stages import TrainSettings, build
+from gistfast.store import GuideStore
+from gistfast.store.export import check_negatives
+from gistfast.store.files import write_json
+from gistfast.students.lora import Lora, has_lora, merged, save_adapter
+from gistfast.students.student import check_learning_rates, load_student
+from gistfast.training.best import best_step, out_of_patience
+from gistfast.training.callbacks import (
     MetricsFile,
     StepProgress,
     StopOnInterrupt,
     choose_trackers,
     tensorboard_callback,
 )
-from gistfast.config import TrainSettings, build
-from gistfast.errors import ConfigError, GistfastError
-from gistfast.hub_upload import UploadCheckpoints, check_hub, uploads_to
-from gistfast.lora import Lora, has_lora, merged, save_adapter
-from gistfast.modelcard import add_section, guide_section
-from gistfast.pretrained import no_weight_bar
-from gistfast.run_folder import RunFolder, run_record, step_of
-from gistfast.run_picture import draw_run
-from gistfast.store import GuideStore
-from gistfast.store.export import check_negatives
-from gistfast.store.files import write_json
-from gistfast.student import check_learning_rates, load_student
-from gistfast.train_report import TrainReport, train_report
-from gistfast.trainer import GuidedTrainer
-from gistfast.trainer_setup import make_trainer
+from gistfast.training.hub_upload import UploadCheckpoints, check_hub, uploads_to
+from gistfast.training.modelcard import add_section, guide_section
+from gistfast.training.report import TrainReport, train_report
+from gistfast.training.run_folder import RunFolder, run_record, step_of
+from gistfast.training.run_picture import draw_run
+from gistfast.training.setup import make_trainer
+from gistfast.training.trainer import GuidedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def train(store: str | Path, *, student: str | Path, out: str | Path, **options:
     Args:
         store: Folder of a complete guide store.
         student: The model to start from: a folder or a hub id.
-        out: Folder of the trained student; `gistfast.run_folder` says what is in it.
+        out: Folder of the trained student; `gistfast.training.run_folder` says what is in it.
         **options: Other fields of `TrainSettings`.
 
     Raises:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from gistfast.dataset import read_rows
+from gistfast.rows.dataset import read_rows
 from gistfast.store import GuideInfo, GuideStore, StoreWriter
 from gistfast.store.manifest import ROWS_PER_SHARD
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gistfast.index import read_report
+from gistfast.neighbours.index import read_report
 from gistfast.store.info import GuideInfo
 from gistfast.store.manifest import MANIFEST_NAME, Manifest
 from gistfast.store.mined import mined_info

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from gistfast.dataset import Rows
 from gistfast.errors import DataError
 from gistfast.progress import progress
+from gistfast.rows.dataset import Rows
 from gistfast.store.keys import EntryIds, KeyTable, key_words, row_keys, text_keys
 from gistfast.store.manifest import ROWS_PER_SHARD, Manifest
 from gistfast.store.shards import fixed_size_lists, open_shard, read_commit, write_shard

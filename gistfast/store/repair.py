@@ -7,9 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from gistfast.dataset import RowSource
 from gistfast.errors import StoreError
 from gistfast.progress import progress
+from gistfast.rows.dataset import RowSource
 from gistfast.store.files import read_json
 from gistfast.store.info import GuideInfo, Segment
 from gistfast.store.ingest import Ingest

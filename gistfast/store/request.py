@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gistfast.dataset import RowSource
 from gistfast.errors import StoreError
+from gistfast.rows.dataset import RowSource
 from gistfast.store.info import DataInfo, GuideInfo, GuideScore, Segment
 from gistfast.store.manifest import Manifest
 from gistfast.store.plan import is_store, read_plan

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from gistfast.dataset import RowSource
 from gistfast.errors import StoreError
+from gistfast.rows.dataset import RowSource
 from gistfast.store.files import read_json, write_json
 
 NAME = "sources.json"

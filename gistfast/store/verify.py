@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gistfast.errors import StoreError
-from gistfast.index_check import index_problem
+from gistfast.neighbours.index_check import index_problem
 from gistfast.progress import progress
 from gistfast.store.contents import wrong_contents
 from gistfast.store.files import file_checksum

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from gistfast.dataset import Rows, RowSource
 from gistfast.errors import StoreError
+from gistfast.rows.dataset import Rows, RowSource
 from gistfast.store.info import GuideInfo, GuideScore
 from gistfast.store.ingest import Ingest
 from gistfast.store.manifest import PLAN_NAME, Manifest

@@ -1,0 +1,8 @@
+"""The guided contrastive loss, and what sentence-transformers' trainer takes for it.
+
+functional        a function of vectors; inputs, what it refuses
+gist_loss         `GISTLoss`, with the guide read from a store
+cached_gist_loss  `CachedGISTLoss`, for batches larger than memory; replay_columns, a part of them embedded twice
+carriers          which texts carry the gradient
+schedules         temperature and margin that change
+"""

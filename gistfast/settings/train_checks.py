@@ -1,0 +1,48 @@
+"""Which settings of a training run do nothing beside others."""
+
+import re
+from typing import TYPE_CHECKING
+
+from gistfast.errors import ConfigError
+from gistfast.settings.base import refuse_both
+
+if TYPE_CHECKING:
+    from gistfast.settings.stages import TrainSettings
+
+
+def refuse_useless_options(settings: "TrainSettings") -> None:
+    """Refuse options that do nothing without another one, or that another one takes the sense from.
+
+    Raises:
+        ConfigError: Naming both.
+    """
+    if settings.lora_rank is None and (settings.lora_alpha or settings.lora_dropout or settings.lora_targets):
+        raise ConfigError("--lora-alpha, --lora-dropout and --lora-targets do nothing without --lora-rank: give a rank")
+    if settings.lora_rank is not None and settings.freeze:
+        raise ConfigError("--lora-rank freezes all of the student's transformer: leave --freeze out")
+    if settings.keep_best and not settings.eval_steps:
+        raise ConfigError("--keep-best needs evaluations to compare: give --eval-steps")
+    if settings.patience is not None and not settings.keep_best:
+        raise ConfigError("--patience does nothing without --keep-best: give both")
+    refuse_both(settings, "temperature_decay", "learn_temperature")
+    if settings.min_temperature is not None:
+        if settings.temperature_decay is None and not settings.learn_temperature:
+            raise ConfigError(
+                "--min-temperature does nothing without --temperature-decay or --learn-temperature: leave it out"
+            )
+        if settings.min_temperature > settings.temperature:
+            raise ConfigError(
+                f"--min-temperature {settings.min_temperature} is above --temperature {settings.temperature}, where "
+                "the run begins: give less"
+            )
+    for pattern, rate in (settings.learning_rates or {}).items():
+        _check_learning_rate(pattern, rate)
+
+
+def _check_learning_rate(pattern: str, rate: float) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"--learning-rates: {pattern!r} is no regular expression: {error}") from None
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate >= 0:
+        raise ConfigError(f"--learning-rates: {pattern} must have a rate of at least 0, found {rate!r}")

@@ -1,0 +1,159 @@
+"""The folder of a training run: what the run was made from, its checkpoints, its end.
+
+OUT/
+  gistfast.json       settings, and the fingerprint of the store
+  metrics.jsonl       one record for each logged step and evaluation
+  tensorboard/        the same for TensorBoard
+  checkpoints/        checkpoint-N: all that a run needs to go on after step N
+  training.png        the log as a picture, where matplotlib is installed
+  report.json         written last: the run is complete
+  adapter/            a LoRA run's adapter alone, as peft reads it; in the model files it is merged
+  (model files)       SentenceTransformer(OUT) loads them
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gistfast.errors import ConfigError
+from gistfast.settings.stages import TrainSettings, to_dict
+from gistfast.store.files import write_json
+
+if TYPE_CHECKING:
+    from gistfast.store import Manifest
+
+# What a resumed run may change: where things lie and who is told, nothing that the weights depend on.
+FREE_SETTINGS = (
+    *("store", "out", "resume", "overwrite", "device", "workers"),
+    *("trackers", "save_total_limit", "picture", "push_to_hub"),
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what.
+
+    Attributes:
+        path: The folder that the user named.
+    """
+
+    path: Path
+
+    @property
+    def record_path(self) -> Path:
+        """What the run was made from."""
+        return self.path / "gistfast.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the adapter alone."""
+        return self.path / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        """The log, as JSON lines."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def picture(self) -> Path:
+        """The log as a picture."""
+        return self.path / "training.png"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's files."""
+        return self.path / "tensorboard"
+
+    @property
+    def report_path(self) -> Path:
+        """What came of the run; there once it is complete."""
+        return self.path / "report.json"
+
+    def check(self, record: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Refuse a folder that the run must not write to; changes nothing.
+
+        Args:
+            record: From `run_record`.
+            resume: Whether a run found there is to go on.
+            overwrite: Whether a run found there is to be replaced.
+
+        Raises:
+            ConfigError: When the folder holds a run and neither is asked for, holds something else, or its
+                run was made with other settings or another store.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--out {self.path} is a file: give a folder")
+        if not self.path.exists() or next(self.path.iterdir(), None) is None:
+            return
+        if not self.record_path.is_file():
+            raise ConfigError(f"--out {self.path} holds files, but no training run: give another folder")
+        if not resume and not overwrite:
+            raise ConfigError(
+                f"--out {self.path} holds a training run: go on with --resume or replace it with --overwrite"
+            )
+        if resume and (difference := _difference(self._read(self.record_path), record)):
+            raise ConfigError(f"--out {self.path} holds a run made otherwise: {difference}: resume it as it was")
+
+    def begin(self, record: dict[str, Any], *, overwrite: bool) -> None:
+        """Make the folder and write down what the run is made from, removing an earlier run if asked to.
+
+        Raises:
+            StoreError: When the folder cannot be written.
+        """
+        if overwrite and self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.record_path, record)
+
+    def checkpoint_of(self, step: int) -> Path:
+        """Where the checkpoint after a step lies."""
+        return self.checkpoints / f"checkpoint-{step}"
+
+    def last_checkpoint(self) -> Path | None:
+        """The latest complete checkpoint; a half-written one, left by a kill, is passed over."""
+        # The trainer writes its state last.
+        found = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        return max(found, key=step_of, default=None)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The report of a complete run, None while it is not."""
+        return self._read(self.report_path) if self.report_path.is_file() else None
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            record: dict[str, Any] = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged ({error}): start anew with --overwrite") from error
+        return record
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step after which a checkpoint was saved; 0 for none."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+
+
+def run_record(settings: TrainSettings, manifest: "Manifest") -> dict[str, Any]:
+    """What a run is made from, as JSON knows it: settings, and the store's fingerprint, guide and data."""
+    store = {
+        "fingerprint": manifest.fingerprint,
+        "guides": [asdict(guide) for guide in manifest.guides],
+        "data": {**asdict(manifest.data), "fingerprint": manifest.data.fingerprint},
+    }
+    return {"settings": to_dict(settings), "store": store}
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """The first thing that the run found there was made with and the wanted one is not, in words."""
+    for name, value in wanted["settings"].items():
+        before = found["settings"].get(name)
+        if name not in FREE_SETTINGS and before != value:
+            return f"--{name.replace('_', '-')} was {before}, found {value}"
+    before, after = (record["store"]["fingerprint"] for record in (found, wanted))
+    return None if before == after else f"the store had fingerprint {before}, found {after}"

@@ -1,0 +1,167 @@
+"""A trainer from the settings of a run."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from torch import nn
+from transformers import PrinterCallback
+
+from gistfast.batches import StoreBatches
+from gistfast.evaluation.retrieval import held_out_retrieval, retrieval_evaluator
+from gistfast.losses.gist_loss import GISTLoss
+from gistfast.losses.schedules import LOWEST_TEMPERATURE, LearnedTemperature, Schedule
+from gistfast.models.pretrained import pick_device
+from gistfast.settings.stages import TrainSettings
+from gistfast.store import GuideStore
+from gistfast.students.student import checkpoint_activations
+from gistfast.training.best import KeepBest, score_name
+from gistfast.training.collate import Rows, Split
+from gistfast.training.feed import feed, set_prompts
+from gistfast.training.modelcard import card_rows, describe_data
+from gistfast.training.passes import Passes
+from gistfast.training.run_folder import RunFolder
+from gistfast.training.step import Replay
+from gistfast.training.trainer import GuidedTrainer
+
+logger = logging.getLogger(__name__)
+
+_EVALUATOR = "held_out"
+
+_LOSS_OPTIONS = (
+    "temperature",
+    "margin",
+    "margin_strategy",
+    "contrast_anchors",
+    "contrast_positives",
+    "hard_only",
+    "backend",
+)
+
+
+def make_trainer(
+    model: SentenceTransformer,
+    store: GuideStore,
+    settings: TrainSettings,
+    run: RunFolder,
+    trackers: Sequence[str],
+) -> GuidedTrainer:
+    """A trainer of the student on the store's training rows, ready to train.
+
+    Args:
+        model: The student; its prompts, its card and its checkpointing of activations are set up as well.
+        store: The guide store.
+        settings: Of the run.
+        run: The run's folder.
+        trackers: Those that the trainer starts itself.
+    """
+    prompts = set_prompts(model, store.columns, settings.query_prompt, settings.document_prompt)
+    if settings.gradient_checkpointing:
+        checkpoint_activations(model)
+    rows: dict[Split, Rows] = {"train": Rows(store, "train")}
+    shown = card_rows(store, rows["train"].numbers)
+    describe_data(model, shown, store.manifest.data.description, evaluated=settings.eval_steps > 0)
+    held_out, evaluator = None, None
+    if settings.eval_steps:
+        rows["held_out"] = Rows(store, "held_out")
+        held_out = card_rows(store, rows["held_out"].numbers)
+        task = held_out_retrieval(store)
+        evaluator = retrieval_evaluator(task, batch_size=settings.batch_size, name=_EVALUATOR)
+    options: dict[str, Any] = {name: getattr(settings, name) for name in _LOSS_OPTIONS}
+    if settings.learn_temperature:
+        options["temperature"] = LearnedTemperature(settings.temperature, _lowest_temperature(settings))
+    form, collator = feed(
+        model,
+        store,
+        prompts,
+        spare_folder=run.path,
+        tokens_per_forward=settings.tokens_per_forward,
+        mined_negatives=settings.mined_negatives,
+        on_cpu=pick_device(settings.device) == "cpu",
+    )
+    trainer = GuidedTrainer(
+        model=model,
+        args=_arguments(settings, store, run, prompts, trackers, score_name(model, _EVALUATOR)),
+        rows=rows,
+        form=form,
+        replay=_replay(model, settings, collator.passes) if settings.cached else None,
+        data_collator=collator,
+        train_dataset=shown,
+        eval_dataset=held_out,
+        loss=GISTLoss(model, store, **options),
+        evaluator=evaluator,
+        schedule=_schedule(settings),
+    )
+    # It prints every record; the bar and the log file have them.
+    trainer.remove_callback(PrinterCallback)
+    if settings.keep_best:
+        trainer.add_callback(KeepBest(settings.patience))
+    return trainer
+
+
+def _replay(model: SentenceTransformer, settings: TrainSettings, passes: Passes) -> Replay:
+    if settings.replay_tolerance and any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules()):
+        logger.info("replay tolerance: the texts embedded again draw their dropout anew; --dropout 0 for none")
+    return Replay(settings.replay_tolerance, settings.replay_unbiased, passes)
+
+
+def _schedule(settings: TrainSettings) -> Schedule:
+    return Schedule(
+        temperature=settings.temperature,
+        lowest=_lowest_temperature(settings),
+        decay=settings.temperature_decay,
+        margin=settings.margin,
+        margin_end=settings.margin_end,
+    )
+
+
+def _lowest_temperature(settings: TrainSettings) -> float:
+    return LOWEST_TEMPERATURE if settings.min_temperature is None else settings.min_temperature
+
+
+def _arguments(
+    settings: TrainSettings,
+    store: GuideStore,
+    run: RunFolder,
+    prompts: dict[str, str],
+    trackers: Sequence[str],
+    score: str,
+) -> SentenceTransformerTrainingArguments:
+    on_cpu = pick_device(settings.device) == "cpu"
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(run.checkpoints),
+        run_name=run.path.name,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        batch_sampler=StoreBatches(store, settings.batching, clusters=settings.clusters),
+        prompts=prompts,
+        learning_rate=settings.learning_rate,
+        learning_rate_mapping=dict(settings.learning_rates or {}),
+        # Below 1 it is a share of the steps.
+        warmup_steps=settings.warmup,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        accelerator_config={"non_blocking": not on_cpu},
+        dataloader_num_workers=settings.workers,
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        # A loss that is not a number is shown as it is.
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if settings.eval_steps else "no",
+        eval_steps=settings.eval_steps or None,
+        # The beginning of a resumed run was evaluated already.
+        eval_on_start=bool(settings.eval_steps) and run.last_checkpoint() is None,
+        # The best checkpoint is looked after only where checkpoints are saved every so many steps.
+        save_strategy="steps" if settings.save_steps or settings.keep_best else "no",
+        save_steps=settings.save_steps or sys.maxsize,
+        metric_for_best_model=score if settings.keep_best else None,
+        save_total_limit=settings.save_total_limit,
+        report_to=list(trackers) or "none",
+        disable_tqdm=True,
+    )

@@ -1,0 +1,128 @@
+"""Sentence-transformers' trainer on rows that are numbers: tokens, texts and guide vectors come from the store.
+
+A step embeds the set of distinct texts of its rows, puts the vectors back into columns and takes one loss. A text that
+comes twice in a batch is embedded once, with one draw of dropout.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from sentence_transformers import SentenceTransformerTrainer
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from gistfast.losses.gist_loss import GISTLoss
+from gistfast.losses.schedules import Schedule, ScheduledLoss
+from gistfast.students.input import InputForm, TextSet
+from gistfast.students.lora import has_lora, merged
+from gistfast.training.checkpoint import load_trained, save_trained
+from gistfast.training.collate import COUNTS, Batch, Rows, Split
+from gistfast.training.step import Replay, embed, replayed_loss
+
+
+class GuidedTrainer(SentenceTransformerTrainer):
+    """The trainer on batches of `gistfast.training.collate.Collator`.
+
+    Each record of the log has the shares that the guide dropped ("dropped/ap", ...) and what a step embedded: tokens,
+    the same with padding, texts of all columns, and distinct texts among them; with a replay also the texts embedded
+    again and the relative length of the gradient that was left out. Temperature and margin are there where they change.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: Mapping[Split, Rows],
+        form: InputForm,
+        schedule: Schedule,
+        replay: Replay | None = None,
+        **options: Any,
+    ) -> None:
+        """Take what is trained on, and the options of `SentenceTransformerTrainer`.
+
+        Args:
+            rows: Of the splits. `train_dataset` and `eval_dataset` are for the model card alone.
+            form: What the student takes.
+            schedule: Temperature and margin of each step.
+            replay: How much of the gradient goes back by embedding again; None to keep the graphs of all passes.
+            **options: `data_collator` is a `Collator`, `loss` a `GISTLoss`.
+        """
+        super().__init__(**options)
+        self.rows = rows
+        self.form = form
+        self.replay = replay
+        self.scheduled = ScheduledLoss(self._loss_module, schedule)
+        self.add_callback(self.scheduled)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The loader of the training rows."""
+        self.accelerator.even_batches = False
+        return self._loader(self.rows["train"], self.args.train_batch_size)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """The loader of the held-out rows, whatever the model card calls them."""
+        self.accelerator.even_batches = True
+        return self._loader(self.rows["held_out"], self.args.eval_batch_size)
+
+    def _loader(self, rows: Rows, batch_size: int) -> DataLoader[Any]:
+        sampler = self.get_batch_sampler(
+            rows, batch_size=batch_size, drop_last=self.args.dataloader_drop_last, seed=self.args.seed
+        )
+        loader = DataLoader(
+            rows,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return cast(DataLoader[Any], self.accelerator.prepare(loader))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """The loss of a batch; what the guide dropped and what was embedded join the record that is logged next."""
+        batch = cast(Batch, inputs)
+        texts, loss_of = TextSet(**batch["texts"]), partial(self._contrast, batch)
+        counts = dict(zip(COUNTS, batch["counts"], strict=True)) if self.model.training else {}
+        if self.replay is None or not torch.is_grad_enabled():
+            loss = loss_of(embed(model, self.form, texts))
+        else:
+            learned = self._loss_module.learned_temperature
+            own_weights = [] if learned is None else [learned.log]
+            loss, replayed = replayed_loss(model, self.form, texts, loss_of, self.replay, own_weights)
+            counts |= replayed
+        dropped = {f"dropped/{block}": share for block, share in self._loss_module.last_stats.items()}
+        self.track_loss_components(dropped | counts)
+        return (loss, {}) if return_outputs else loss
+
+    @property
+    def _loss_module(self) -> GISTLoss:
+        return cast(GISTLoss, self.loss)
+
+    def _contrast(self, batch: Batch, vectors: Tensor) -> Tensor:
+        """The loss from the vectors (N, D) of the distinct texts."""
+        places, identity = batch["places"].T, batch["identity"].T
+        # As an embedding, because the gradient of one adds up in the same order each time, on every device.
+        columns = functional.embedding(places, vectors)
+        return self._loss_module.contrast(columns.unbind(), batch["guide"][places].unbind(), identity.unbind())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a record, that of a step with the options of the loss that change."""
+        super().log({**logs, **self.scheduled.options()} if "loss" in logs else logs, start_time)
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Take the weights of the student and of the loss over from a checkpoint, to the last bit."""
+        self._load_from_checkpoint(str(checkpoint))
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        if not has_lora(self.model):
+            super()._load_from_checkpoint(checkpoint_path)
+        load_trained(Path(checkpoint_path), self.model, self._loss_module)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with merged(self.model):
+            super()._save(output_dir, state_dict)
+        save_trained(Path(cast(str, output_dir or self.args.output_dir)), self.model, self._loss_module)
