@@ -274,7 +274,7 @@ def test_index_can_be_left_out(make_store: MakeStore) -> None:
     store = make_store(rows(10))
     assert build_index(store, "none") is None
     assert not (store.path / "index").exists()
-    with pytest.raises(StoreError, match=r"has no index of its vectors: run gistfast\.index\.build_index"):
+    with pytest.raises(StoreError, match=r"has no index of its vectors: run gistfast\.neighbours\.index\.build_index"):
         load_index(store)
 
 
