@@ -4,6 +4,8 @@ Nothing heavy is imported here, so that `--help` answers at once.
 """
 
 import logging
+from collections.abc import Callable
+from importlib import import_module
 
 import typer
 from rich.text import Text
@@ -32,8 +34,14 @@ bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_mar
 app.add_typer(bench, name="bench")
 app.add_typer(store_app, name="store")
 
-# A benchmark reads its own options.
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+# Of each benchmark the module, whose `main` reads its own options, and what it measures.
+_BENCHMARKS = {
+    "loss": ("gistfast.kernels.bench", "Time and memory of the loss."),
+    "gather": ("gistfast.store.bench", "Rows a second gathered from a mapped guide store."),
+    "step": ("gistfast.training.bench", "A training step beside sentence-transformers' trainers."),
+    "precompute": ("gistfast.guides.bench", "Texts embedded a second, against sentence-transformers."),
+    "memory": ("gistfast.stages.memory_bench", "Memory of precompute, and how soon a stopped run goes on."),
+}
 
 
 def _precompute(settings: PrecomputeSettings) -> None:
@@ -79,64 +87,20 @@ app.command("picture")(command(PictureSettings, _picture))
 app.command("quickstart")(command(QuickstartSettings, _quickstart))
 
 
-@bench.command("loss", context_settings=_PASS_ON)
-def _bench_loss(context: typer.Context) -> None:
-    """Time and memory of the loss.
+def _benchmark(name: str) -> Callable[[typer.Context], None]:
+    """The command of a benchmark, which passes on all that follows its name."""
+    module, about = _BENCHMARKS[name]
 
-    Options are those of the benchmark: `gistfast bench loss -- --help` lists them.
-    """
-    from gistfast.kernels.bench import main
+    def run(context: typer.Context) -> None:
+        with errors_in_one_line():
+            raise typer.Exit(import_module(module).main(context.args))
 
-    with errors_in_one_line():
-        raise typer.Exit(main(context.args))
-
-
-@bench.command("gather", context_settings=_PASS_ON)
-def _bench_gather(context: typer.Context) -> None:
-    """Rows a second gathered from a mapped guide store.
-
-    Options are those of the benchmark: `gistfast bench gather -- --help` lists them.
-    """
-    from gistfast.store.bench import main
-
-    with errors_in_one_line():
-        raise typer.Exit(main(context.args))
+    run.__doc__ = f"{about}\n\nOptions are those of the benchmark: `gistfast bench {name} -- --help` lists them."
+    return run
 
 
-@bench.command("step", context_settings=_PASS_ON)
-def _bench_step(context: typer.Context) -> None:
-    """A training step beside sentence-transformers' trainers.
-
-    Options are those of the benchmark: `gistfast bench step -- --help` lists them.
-    """
-    from gistfast.training.bench import main
-
-    with errors_in_one_line():
-        raise typer.Exit(main(context.args))
-
-
-@bench.command("precompute", context_settings=_PASS_ON)
-def _bench_precompute(context: typer.Context) -> None:
-    """Texts embedded a second, against sentence-transformers.
-
-    Options are those of the benchmark: `gistfast bench precompute -- --help` lists them.
-    """
-    from gistfast.guides.bench import main
-
-    with errors_in_one_line():
-        raise typer.Exit(main(context.args))
-
-
-@bench.command("memory", context_settings=_PASS_ON)
-def _bench_memory(context: typer.Context) -> None:
-    """Memory of precompute, and how soon a stopped run goes on.
-
-    Options are those of the benchmark: `gistfast bench memory -- --help` lists them.
-    """
-    from gistfast.stages.memory_bench import main
-
-    with errors_in_one_line():
-        raise typer.Exit(main(context.args))
+for _name in _BENCHMARKS:
+    bench.command(_name, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(_benchmark(_name))
 
 
 class ConsoleHandler(logging.Handler):

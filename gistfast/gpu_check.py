@@ -121,11 +121,7 @@ def make_store(path: Path) -> Path:
     from gistfast.rows.dataset import read_rows
     from gistfast.store import GuideInfo, StoreWriter
 
-    guide = GuideInfo(
-        name="random", revision=None, weights_hash="", tokenizer_hash="", pooling="mean", query_prompt="",
-        document_prompt="", max_length=None, dtype="float16", compute_dtype="float32", normalised=True, width=384,
-        decoded_with=None,
-    )  # fmt: skip
+    guide = GuideInfo.of_vectors("random", "random", width=384, dtype="float16")
     random = np.random.default_rng(0)
     source = read_rows(wordnet_pairs())
     with StoreWriter.create(path, guide=guide, source=source, mode="resume") as writer:
@@ -133,9 +129,9 @@ def make_store(path: Path) -> Path:
             for rows in source.batches():
                 writer.add_rows(rows)
             writer.finish_rows()
-        for shard in writer.pending_shards():
-            vectors = random.standard_normal((len(writer.texts_of(shard)), 384), dtype=np.float32)
-            writer.write_vectors(shard, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+        for shard in writer.vectors.pending():
+            vectors = random.standard_normal((len(writer.vectors.texts_of(shard)), 384), dtype=np.float32)
+            writer.vectors.write(shard, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
         writer.publish()
     return path
 

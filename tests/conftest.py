@@ -99,21 +99,7 @@ class RandomGuide:
     def __init__(self, width: int = 16, **changes: object) -> None:
         from gistfast.store import GuideInfo
 
-        info = GuideInfo(
-            name="random",
-            revision=None,
-            weights_hash="0",
-            tokenizer_hash="0",
-            pooling="none",
-            query_prompt="",
-            document_prompt="",
-            max_length=None,
-            dtype="float16",
-            compute_dtype="float32",
-            normalised=True,
-            width=width,
-            decoded_with=None,
-        )
+        info = GuideInfo.of_vectors("random", "random", width=width, dtype="float16")
         self.info = dataclasses.replace(info, **changes)  # type: ignore[arg-type]
         self.num_embedded = 0
 
@@ -173,3 +159,19 @@ def make_store(tmp_path: Path) -> Callable[..., Any]:
             return GuideStore.open(writer.publish())
 
     return make
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every text that a model is given as a guide from now on, in order."""
+    from gistfast.guides.guide import ModelGuide
+
+    texts: list[str] = []
+    original = ModelGuide.embed
+
+    def embed(guide: ModelGuide, given: list[str], role: Any, on_batch: Any = None) -> Any:
+        texts.extend(given)
+        return original(guide, given, role, on_batch)
+
+    monkeypatch.setattr(ModelGuide, "embed", embed)
+    return texts

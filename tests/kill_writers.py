@@ -25,21 +25,7 @@ LONGEST_WRITE_S = 0.015
 
 
 def guide(name: str) -> GuideInfo:
-    return GuideInfo(
-        name=name,
-        revision=None,
-        weights_hash=name,
-        tokenizer_hash="t",
-        pooling="mean",
-        query_prompt="",
-        document_prompt="",
-        max_length=128,
-        dtype="float32",
-        compute_dtype="float32",
-        normalised=False,
-        width=WIDTH,
-        decoded_with=None,
-    )
+    return GuideInfo.of_vectors(name, "lengths", width=WIDTH, vectors_hash=name)
 
 
 def write_store(source: Path, store: Path, *, name: str, overwrite: bool) -> None:
@@ -54,10 +40,10 @@ def write_store(source: Path, store: Path, *, name: str, overwrite: bool) -> Non
                 writer.add_rows(batch)
             writer.finish_rows()
         log = os.open(store.with_suffix(".log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        for shard in writer.pending_shards():
+        for shard in writer.vectors.pending():
             os.write(log, f"{shard}\n".encode())
-            lengths = [[len(name), len(text), *text.encode()[-6:]] for text in writer.texts_of(shard)]
-            writer.write_vectors(shard, np.array(lengths, dtype=np.float32))
+            lengths = [[len(name), len(text), *text.encode()[-6:]] for text in writer.vectors.texts_of(shard)]
+            writer.vectors.write(shard, np.array(lengths, dtype=np.float32))
         writer.publish()
 
 

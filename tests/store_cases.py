@@ -70,9 +70,9 @@ def fill(writer: StoreWriter, source: RowSource, rows_per_batch: int = 10_000) -
 
 
 def embed(writer: StoreWriter, shards: Sequence[int] | None = None) -> None:
-    for shard in writer.pending_shards() if shards is None else shards:
-        vectors = vectors_for(writer.texts_of(shard), writer.roles_of(shard), writer.guide.width)
-        assert writer.write_vectors(shard, vectors)
+    for shard in writer.vectors.pending() if shards is None else shards:
+        vectors = vectors_for(writer.vectors.texts_of(shard), writer.vectors.roles_of(shard), writer.guide.width)
+        assert writer.vectors.write(shard, vectors)
 
 
 def make_store(path: Path, source: RowSource, guide: GuideInfo = GUIDE, **options: Any) -> GuideStore:

@@ -1,4 +1,3 @@
-import errno
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from store_cases import FullDisk, refusal_of
 
 from gistfast.engines import shards
 from gistfast.errors import (
@@ -26,7 +26,7 @@ from gistfast.errors import (
     StoreError,
     VectorError,
 )
-from gistfast.guides.guide import ModelGuide, load_guide
+from gistfast.guides.guide import load_guide
 from gistfast.neighbours.index import load_index, read_report
 from gistfast.stages import precompute as stage
 from gistfast.stages.precompute import precompute
@@ -45,20 +45,6 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four texts or rows a shard, so that twelve rows make several, which are embedded from the first on."""
     monkeypatch.setattr("gistfast.store.ingest.ROWS_PER_SHARD", 4)
     monkeypatch.setattr("gistfast.engines.shards.random.sample", lambda shards, count: list(shards))
-
-
-@pytest.fixture
-def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every text that a guide is given, in order."""
-    texts: list[str] = []
-    original = ModelGuide.embed
-
-    def embed(guide: ModelGuide, given: list[str], role: Any, on_batch: Any = None) -> Any:
-        texts.extend(given)
-        return original(guide, given, role, on_batch)
-
-    monkeypatch.setattr(ModelGuide, "embed", embed)
-    return texts
 
 
 def same(first: GuideStore, second: GuideStore) -> bool:
@@ -303,18 +289,6 @@ def test_stop_while_reading_leaves_nothing_and_resume_begins(
     assert precompute(pairs_file, guide=tiny_student, out=out, resume=True).num_rows == 12
 
 
-class FullDisk:
-    """Stands for os.fsync and fails at one call; the others do nothing: nobody cuts the power here."""
-
-    def __init__(self, failing_call: int) -> None:
-        self.calls_left = failing_call
-
-    def __call__(self, descriptor: int) -> None:
-        self.calls_left -= 1
-        if self.calls_left == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 @pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_disk_full_at_any_write_loses_nothing(
@@ -343,14 +317,6 @@ def test_disk_full_at_any_write_loses_nothing(
     assert refusals.pop() is None
     assert len(refusals) > 5
     assert all(line and "No space left on device" in line and "\n" not in line for line in refusals)
-
-
-def refusal_of(run: Callable[[], object]) -> str | None:
-    try:
-        run()
-    except StoreError as error:
-        return str(error)
-    return None
 
 
 @pytest.mark.usefixtures("small_shards")

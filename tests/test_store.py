@@ -270,7 +270,7 @@ class TestWriting:
             GuideStore.open(tmp_path / "store")
         with StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source, mode="resume") as writer:
             assert not writer.needs_rows
-            assert writer.pending_shards() == [0, 2, 4]
+            assert writer.vectors.pending() == [0, 2, 4]
             with pytest.raises(StoreError, match="still lacks 3 shards"):
                 writer.publish()
             embed(writer)
@@ -321,10 +321,10 @@ class TestWriting:
             fill(quick, source)
             fill(slow, source)
             embed(quick, [0, 1])
-            assert slow.pending_shards() == [2, 3, 4]
-            assert not slow.write_vectors(0, vectors_for(slow.texts_of(0)))
+            assert slow.vectors.pending() == [2, 3, 4]
+            assert not slow.vectors.write(0, vectors_for(slow.vectors.texts_of(0)))
             embed(slow)
-            assert quick.pending_shards() == []
+            assert quick.vectors.pending() == []
             assert slow.publish() == quick.publish()
         assert len(list((tmp_path / "store" / "vectors").rglob("*.arrow"))) == 5
         assert GuideStore.open(tmp_path / "store").verify() == []
@@ -343,15 +343,15 @@ class TestWriting:
     ) -> None:
         with StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source) as writer:
             fill(writer, source)
-            vectors = vectors_for(writer.texts_of(1))
+            vectors = vectors_for(writer.vectors.texts_of(1))
             vectors[1] = value
             with pytest.raises(VectorError) as caught:
-                writer.write_vectors(1, vectors)
+                writer.vectors.write(1, vectors)
             assert message in str(caught.value)
-            assert repr(writer.texts_of(1)[1]) in str(caught.value)
-            assert 1 in writer.pending_shards()
+            assert repr(writer.vectors.texts_of(1)[1]) in str(caught.value)
+            assert 1 in writer.vectors.pending()
             with pytest.raises(VectorError, match=r"shape \(16, 3\), expected \(16, 8\)"):
-                writer.write_vectors(1, vectors[:, :3])
+                writer.vectors.write(1, vectors[:, :3])
 
     def test_full_disk_is_one_clear_line_and_resumable(
         self, tmp_path: Path, source: RowSource, monkeypatch: pytest.MonkeyPatch
@@ -384,7 +384,7 @@ class TestWriting:
                 patch.setattr("gistfast.store.files.sync_folder", interrupted)
                 with pytest.raises(KeyboardInterrupt):
                     embed(writer, [0])
-            assert writer.pending_shards() == [1, 2, 3, 4]
+            assert writer.vectors.pending() == [1, 2, 3, 4]
             embed(writer)
             assert GuideStore.open(writer.publish()).verify() == []
 
@@ -410,7 +410,7 @@ class TestOverwriting:
             embed(writer, [0, 1])
         assert contents(GuideStore.open(tmp_path / "store")) == old
         with StoreWriter.create(tmp_path / "store", guide=TWO_PROMPTS, source=source, mode=mode) as writer:
-            assert writer.pending_shards()[0] == 2
+            assert writer.vectors.pending()[0] == 2
             embed(writer)
             writer.publish()
         assert GuideStore.open(tmp_path / "store").manifest.guide == TWO_PROMPTS

@@ -45,20 +45,6 @@ def mend(real: Path, tiny_student: Path) -> Mend:
     return lambda **options: repair(real, **{"guide": tiny_student, **options})
 
 
-@pytest.fixture
-def embedded(real: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every text that a guide is given after the store is made."""
-    texts: list[str] = []
-    original = ModelGuide.embed
-
-    def embed(guide: ModelGuide, given: list[str], role: Any, on_batch: Any = None) -> Any:
-        texts.extend(given)
-        return original(guide, given, role, on_batch)
-
-    monkeypatch.setattr(ModelGuide, "embed", embed)
-    return texts
-
-
 def test_sound_store_is_left_alone(real: Path, mend: Mend) -> None:
     before = files_of(real)
     assert mend() == Repaired()

@@ -82,7 +82,7 @@ class TestAppending:
         before = files_of(tmp_path / "store")
         with StoreWriter.create(tmp_path / "store", guide=GUIDE, source=more, mode="append") as writer:
             fill(writer, more)
-            new = [text for shard in writer.pending_shards() for text in writer.texts_of(shard)]
+            new = [text for shard in writer.vectors.pending() for text in writer.vectors.texts_of(shard)]
             embed(writer)
             writer.publish()
         known = {text for row in ROWS for text in row}
@@ -116,7 +116,7 @@ class TestAppending:
         seen = contents(old)
         with StoreWriter.create(tmp_path / "store", guide=GUIDE, source=more, mode="append") as writer:
             fill(writer, more)
-            embed(writer, writer.pending_shards()[:1])
+            embed(writer, writer.vectors.pending()[:1])
             during = GuideStore.open(tmp_path / "store")
             assert contents(during) == seen
             assert during.fingerprint == old.fingerprint
@@ -148,11 +148,11 @@ class TestAppending:
         make_store(tmp_path / "store", source)
         with StoreWriter.create(tmp_path / "store", guide=GUIDE, source=more, mode="append") as writer:
             fill(writer, more)
-            first, *rest = writer.pending_shards()
+            first, *rest = writer.vectors.pending()
             embed(writer, [first])
         with StoreWriter.create(tmp_path / "store", guide=GUIDE, source=more, mode=mode) as writer:
             assert not writer.needs_rows
-            assert writer.pending_shards() == rest
+            assert writer.vectors.pending() == rest
             embed(writer)
             assert texts_of_rows(GuideStore.open(writer.publish())) == [*ROWS, *MORE[:-1]]
 

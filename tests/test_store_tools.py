@@ -152,7 +152,7 @@ class TestClearingUp:
         before = files_of(store)
         with StoreWriter.create(store, guide=GUIDE, source=more, mode="append") as writer:
             fill(writer, more)
-            embed(writer, writer.pending_shards()[:1])
+            embed(writer, writer.vectors.pending()[:1])
             begun = files_of(store)
             # Nobody holds the store while vectors are made.
             assert collect_garbage(store, now=True).garbage == ()
@@ -330,7 +330,7 @@ class TestDescribing:
     def test_what_is_under_way_is_told_beside_what_is_there(self, store: Path, more: RowSource) -> None:
         with StoreWriter.create(store, guide=GUIDE, source=more, mode="append") as writer:
             fill(writer, more)
-            embed(writer, writer.pending_shards()[:1])
+            embed(writer, writer.vectors.pending()[:1])
         told = describe_store(store)
         assert (told["finished"], told["data"]["rows"]) == (True, len(ROWS))
         assert told["to_come"] == {"rows": len(MORE) - 1, "texts": 30, "guides": []}

@@ -296,7 +296,7 @@ class TestVerifyingWhatIsUnderWay:
     def test_append_under_way_is_checked_beside_the_store(self, store: Path, more: RowSource) -> None:
         with StoreWriter.create(store, guide=GUIDE, source=more, mode="append") as writer:
             fill(writer, more)
-            embed(writer, writer.pending_shards()[:1])
+            embed(writer, writer.vectors.pending()[:1])
         found = check_store(store, deep=True)
         assert (found.problems, len(found.notes)) == ([], 2)
         new, old = shard_file(store, "vectors", 5), shard_file(store, "vectors", 0)

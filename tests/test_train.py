@@ -4,7 +4,6 @@ import json
 import logging
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,17 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_cases import at_step, records, same_weights, steps
 
 from gistfast.errors import ConfigError, DependencyError, GistfastError, ModelError, StoreError
 from gistfast.stages.precompute import precompute
 from gistfast.stages.train import TrainReport, train
 from gistfast.store import GuideStore
 from gistfast.training.modelcard import add_section
-from gistfast.training.trainer import GuidedTrainer
 
 ROWS = [
     ("car", "a motor vehicle with four wheels", "a vehicle with two wheels", "a boat with sails"),
@@ -96,38 +94,6 @@ def without_dropout(store: GuideStore, tiny_student: Path, tmp_path_factory: pyt
     """A run in which nothing is drawn but the order of the rows."""
     out = tmp_path_factory.mktemp("plain") / "student"
     return train_small(store=store.path, student=tiny_student, out=out, dropout=0.0)
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps(folder: Path) -> list[dict[str, Any]]:
-    return [record for record in records(folder) if "loss" in record]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    return all(torch.equal(weight, weights(other)[name]) for name, weight in weights(one).items())
-
-
-@contextmanager
-def at_step(number: int, act: Callable[[], Any]) -> Iterator[None]:
-    """Let something happen at the beginning of a step, counted from 1."""
-    training_step, taken = GuidedTrainer.training_step, []
-
-    def step(self: GuidedTrainer, *arguments: Any, **options: Any) -> torch.Tensor:
-        taken.append(None)
-        if len(taken) == number:
-            act()
-        return training_step(self, *arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GuidedTrainer, "training_step", step)
-        yield
 
 
 def fail() -> None:

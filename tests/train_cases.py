@@ -60,20 +60,30 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def killed_at(number: int) -> Iterator[None]:
-    """Let the process seem to die at the beginning of a step, counted from 1."""
+def at_step(number: int, act: Callable[[], Any]) -> Iterator[None]:
+    """Let something happen at the beginning of a step, counted from 1."""
     training_step, taken = GuidedTrainer.training_step, []
 
     def step(self: GuidedTrainer, *arguments: Any, **options: Any) -> torch.Tensor:
         taken.append(None)
         if len(taken) == number:
-            raise RuntimeError("the power went")
+            act()
         return training_step(self, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GuidedTrainer, "training_step", step)
-        with pytest.raises(RuntimeError, match="the power went"):
-            yield
+        yield
+
+
+@contextmanager
+def killed_at(number: int) -> Iterator[None]:
+    """Let the process seem to die at the beginning of a step, counted from 1."""
+
+    def die() -> None:
+        raise RuntimeError("the power went")
+
+    with at_step(number, die), pytest.raises(RuntimeError, match="the power went"):
+        yield
 
 
 def resumes_exactly(run: Callable[..., TrainReport], folder: Path, **options: Any) -> tuple[TrainReport, TrainReport]:

@@ -18,7 +18,8 @@ import numpy as np
 from gistfast.engines.claims import Claim, claim
 from gistfast.guides.batch_done import BatchDone, OnBatch
 from gistfast.guides.guide import Guide
-from gistfast.store.vectors import Role, VectorShards
+from gistfast.models.prompts import Role
+from gistfast.store.vectors import VectorShards
 
 logger = logging.getLogger(__name__)
 

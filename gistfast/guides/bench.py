@@ -6,12 +6,11 @@ docstrings of installed packages: English of every length. Vectors are compared 
 """
 
 import argparse
-import ast
 import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from gistfast.demo.docstrings import docstrings_in
 from gistfast.demo.models import demo_guide
 from gistfast.guides.batch_done import BatchDone, OnBatch
 from gistfast.guides.directions import Vectors
@@ -66,16 +66,10 @@ def docstrings(count: int, seed: int = 0) -> list[str]:
         # Several times more than wanted, so that no file decides.
         if len(found) >= 4 * count:
             break
-        found.update(dict.fromkeys(_docstrings_in(path)))
+        found.update(dict.fromkeys(docstrings_in(path)))
     if len(found) < count:
         raise SystemExit(f"found {len(found)} docstrings in {', '.join(PACKAGES)}: give --texts {len(found)} or fewer")
     return draw.sample(list(found), count)
-
-
-def _docstrings_in(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
-            yield text
 
 
 def contenders(guide: str, device: str, tokens_per_batch: int | None, on_batch: OnBatch) -> list[Contender]:

@@ -22,7 +22,7 @@ from gistfast.errors import ModelError
 from gistfast.guides.ahead import run_ahead
 from gistfast.guides.batch_done import BatchDone, OnBatch
 from gistfast.guides.directions import Vectors, shown, unit_vectors
-from gistfast.guides.info import Role, describe_guide
+from gistfast.guides.info import describe_guide
 from gistfast.guides.packed_linear import can_pack, pack_linears
 from gistfast.guides.precision import Precision, choose_precision, pool_in_float32, precision_of
 from gistfast.guides.spelling import StudentSpelling
@@ -30,6 +30,7 @@ from gistfast.guides.token_batches import CHARS_PER_WINDOW, Padding, TokenBatch,
 from gistfast.guides.token_budget import TOKENS_PER_CPU_BATCH, TOKENS_PER_GPU_BATCH, measure_budget
 from gistfast.models.folder import model_folder
 from gistfast.models.pretrained import Pooling, load_sentence_transformer, pick_device
+from gistfast.models.prompts import Role
 from gistfast.store import GuideInfo
 
 logger = logging.getLogger(__name__)

@@ -2,24 +2,17 @@
 
 import logging
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from gistfast.errors import ModelError
 from gistfast.models.folder import ModelFolder
+from gistfast.models.prompts import own_prompt
 from gistfast.store import GuideInfo
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
-
-Role = Literal["query", "document"]
-
-# The names under which models keep the prompt of a role, best first.
-PROMPT_NAMES: dict[Role, tuple[str, ...]] = {
-    "query": ("query",),
-    "document": ("document", "passage", "corpus"),
-}
 
 
 def describe_guide(
@@ -51,8 +44,8 @@ def describe_guide(
         weights_hash=folder.weights_hash(),
         tokenizer_hash=folder.tokenizer_hash(),
         pooling=_describe_pooling(model),
-        query_prompt=_own_prompt(model, "query") if query_prompt is None else query_prompt,
-        document_prompt=_own_prompt(model, "document") if document_prompt is None else document_prompt,
+        query_prompt=own_prompt(model, "query") if query_prompt is None else query_prompt,
+        document_prompt=own_prompt(model, "document") if document_prompt is None else document_prompt,
         max_length=_token_limit(model),
         dtype="float32",
         compute_dtype=compute_dtype,
@@ -64,11 +57,6 @@ def describe_guide(
     limit = f"{info.max_length} tokens a text" if info.max_length else "texts of any length"
     logger.info("guide %s: %d wide, pooling %s, %s, %s", info.name, info.width, info.pooling, limit, prompts)
     return info
-
-
-def _own_prompt(model: "SentenceTransformer", role: Role) -> str:
-    names = (*PROMPT_NAMES[role], model.default_prompt_name or "")
-    return next((prompt for name in names if (prompt := model.prompts.get(name))), "")
 
 
 def _describe_pooling(model: "SentenceTransformer") -> str:

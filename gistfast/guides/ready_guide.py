@@ -14,9 +14,9 @@ import xxhash
 from gistfast.errors import DataError
 from gistfast.guides.batch_done import BatchDone, OnBatch
 from gistfast.guides.directions import Vectors, shown
-from gistfast.guides.info import Role
 from gistfast.guides.ready_texts import TextPlaces, open_vectors, text_at
 from gistfast.guides.ready_vectors import JoinedVectors, RowVectors, take_directions
+from gistfast.models.prompts import Role
 from gistfast.rows.formats import RowFile
 from gistfast.rows.sources import find_files
 from gistfast.store import GuideInfo
@@ -103,20 +103,13 @@ def load_ready_guide(
             )
     joined = JoinedVectors(list(opened.values()))
     _refuse_conflicts(places, joined, files, list(opened))
-    info = GuideInfo(
-        name=description,
-        revision=None,
-        weights_hash=_digest(files, opened),
-        tokenizer_hash="ready",
-        pooling="ready",
+    info = GuideInfo.of_vectors(
+        description,
+        "ready",
+        width=joined.width,
+        vectors_hash=_digest(files, opened),
         query_prompt=query_prompt,
         document_prompt=document_prompt,
-        max_length=None,
-        dtype="float32",
-        compute_dtype="ready",
-        normalised=True,
-        width=joined.width,
-        decoded_with=None,
     )
     logger.info("guide %s: %d vectors, %d wide", info.name, joined.num_rows, info.width)
     return ReadyGuide(info, places, joined)

@@ -60,8 +60,8 @@ class TextPlaces:
 
     def find(self, texts: Sequence[str]) -> Array:
         """The first place of each text, -1 for those that are not there, (N,) int64."""
-        numbers = self._number(texts)
-        known = numbers < len(self._first)
+        numbers = self._table.find(key_words(text_keys(texts)))
+        known = numbers >= 0
         places = np.full(len(numbers), -1, np.int64)
         places[known] = self._first[numbers[known]]
         return places

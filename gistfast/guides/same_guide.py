@@ -8,10 +8,10 @@ import numpy as np
 from gistfast.errors import StoreError
 from gistfast.guides.directions import shown
 from gistfast.guides.guide import Guide
+from gistfast.models.prompts import ROLES
 from gistfast.store import GuideInfo
 from gistfast.store.plan import is_store, read_plan
 from gistfast.store.shards import open_shard, pending_shards, read_commit
-from gistfast.store.vectors import ROLES
 
 # A server's vectors move a little with the batch they are in, and by the precision of the store.
 SAME_COSINE = 0.99

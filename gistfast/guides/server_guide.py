@@ -13,8 +13,8 @@ from gistfast.errors import ConfigError, ModelError
 from gistfast.guides.batch_done import BatchDone, OnBatch
 from gistfast.guides.directions import Vectors, shown, unit_vectors
 from gistfast.guides.embedding_server import EmbeddingServer
-from gistfast.guides.info import Role
 from gistfast.guides.server_requests import Requests, RequestSize
+from gistfast.models.prompts import Role
 from gistfast.store import GuideInfo
 
 logger = logging.getLogger(__name__)
@@ -131,21 +131,14 @@ def load_server_guide(
     )
     with Requests(server, [query_prompt + FIRST_TEXT], RequestSize(1), 1) as requests:
         _, first = requests.next_answer()
-    info = GuideInfo(
-        name=model,
-        revision=None,
+    info = GuideInfo.of_vectors(
+        model,
+        "server",
+        width=first.shape[1],
         # The address may change, and a server shows no weights: `check_same_guide` compares vectors instead.
-        weights_hash=f"served as {model}",
-        tokenizer_hash="server",
-        pooling="server",
+        vectors_hash=f"served as {model}",
         query_prompt=query_prompt,
         document_prompt=document_prompt,
-        max_length=None,
-        dtype="float32",
-        compute_dtype="server",
-        normalised=True,
-        width=first.shape[1],
-        decoded_with=None,
     )
     logger.info(
         "guide %s at %s: %d wide, %d requests of %d texts at a time",

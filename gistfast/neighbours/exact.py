@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gistfast.guides.precision import cpu_multiplies_bfloat16
 from gistfast.neighbours.scorer import Scorer
 from gistfast.neighbours.tiles import Block, Tile
 
@@ -146,8 +147,7 @@ def quickest_dtype(device: str) -> torch.dtype:
     """The precision in which a device multiplies matrices quickest, of those whose error stays small."""
     if torch.device(device).type == "cuda":
         return torch.float16
-    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
 
 
 def _parts(asks: Asks, size: int) -> Iterator[Asks]:

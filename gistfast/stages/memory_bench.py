@@ -27,13 +27,13 @@ from gistfast.demo.models import demo_guide
 from gistfast.guides.batch_done import BatchDone, OnBatch
 from gistfast.guides.directions import Vectors
 from gistfast.guides.guide import ModelGuide, load_guide
-from gistfast.guides.info import Role
+from gistfast.models.prompts import Role
+from gistfast.process_memory import memory_mib
 from gistfast.stages.precompute import precompute
 
 WIDTH = 384
 WORDS_PER_TEXT = 12
 ROWS_AT_ONCE = 10_000
-MIB = 1 << 20
 
 
 class HalfWayError(Exception):
@@ -77,9 +77,7 @@ def write_guide(folder: Path) -> None:
 
 def held_mib() -> tuple[float, float]:
     """MiB in memory of this process: its own, and of files that it has mapped."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    own, mapped = (int(status[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
-    return own, mapped
+    return memory_mib("RssAnon"), memory_mib("RssFile")
 
 
 class Peak:

@@ -94,7 +94,7 @@ def precompute_part(source: str | Path, *, guide: str | Path, out: str | Path, *
             logger.info("%s has its rows: the same command with --resume in place of --rows-only embeds them", out)
             return None
         embed_texts(writer.vectors, engine, Part(*settings.shards or WHOLE))
-        if left := len(writer.pending_shards()):
+        if left := len(writer.vectors.pending()):
             logger.info("%s: %d shards of vectors are left to other runs; the last completes the store", out, left)
             return None
         if missing := writer.missing_vectors():

@@ -26,21 +26,7 @@ NUM_SHARDS = 8
 WIDTH = 1024
 NUM_IDS = 4096
 
-GUIDE = GuideInfo(
-    name="random numbers",
-    revision=None,
-    weights_hash="",
-    tokenizer_hash="",
-    pooling="mean",
-    query_prompt="",
-    document_prompt="",
-    max_length=1,
-    dtype="float16",
-    compute_dtype="float32",
-    normalised=False,
-    width=WIDTH,
-    decoded_with=None,
-)
+GUIDE = GuideInfo.of_vectors("random numbers", "random", width=WIDTH, dtype="float16")
 
 
 def make_store(folder: Path) -> GuideStore:
@@ -56,8 +42,8 @@ def make_store(folder: Path) -> GuideStore:
         for rows in source.batches():
             writer.add_rows(rows)
         writer.finish_rows()
-        for shard in writer.pending_shards():
-            writer.write_vectors(shard, vectors_of(shard))
+        for shard in writer.vectors.pending():
+            writer.vectors.write(shard, vectors_of(shard))
         return GuideStore.open(writer.publish())
 
 

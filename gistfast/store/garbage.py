@@ -18,7 +18,7 @@ from gistfast.store.manifest import MANIFEST_NAME, PLAN_NAME, Manifest
 from gistfast.store.mined import mined_info
 from gistfast.store.plan import FolderLock, read_unfinished, refuse_no_store, unplanned_files
 from gistfast.store.replace import leftovers_of, remove_leftover, replacement_of
-from gistfast.store.shards import COMMITS, commit_path, file_named_by, is_inside, read_commit, shard_path
+from gistfast.store.shards import COMMITS, commit_path, commits_of, file_named_by, is_inside, read_commit, shard_path
 
 # Writing one file takes minutes at worst.
 SECONDS_TO_WRITE = 3600.0
@@ -178,9 +178,8 @@ class _Search:
 
     def _files_of(self, kind: str) -> list[Path]:
         """Commits and files of a kind that no reader looks for."""
-        commits = sorted((self._folder / COMMITS).glob(f"{kind.replace('/', '-')}-*.json"))
         files = sorted((self._folder / kind).glob("*.arrow")) if kind in self._mined_kinds() else []
-        return [*commits, *files]
+        return [*commits_of(self._folder, kind), *files]
 
     def _is_needed(self, kind: str, index: int) -> bool:
         """Whether a file that no commit names may be what is left of a shard whose commit is lost or damaged."""

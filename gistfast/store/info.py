@@ -45,6 +45,45 @@ class GuideInfo:
     width: int
     decoded_with: str | None
 
+    @classmethod
+    def of_vectors(
+        cls,
+        name: str,
+        kind: str,
+        *,
+        width: int,
+        vectors_hash: str = "",
+        query_prompt: str = "",
+        document_prompt: str = "",
+        dtype: str = "float32",
+    ) -> "GuideInfo":
+        """What is recorded where vectors are all that is seen of a guide: no weights, no tokenizer, no precision.
+
+        Args:
+            name: How the guide is called.
+            kind: Where its vectors come from, such as "server".
+            width: Numbers in a vector (G).
+            vectors_hash: What tells the vectors from others of this kind.
+            query_prompt: Put before each anchor.
+            document_prompt: Put before each positive and negative.
+            dtype: Of the stored vectors.
+        """
+        return cls(
+            name=name,
+            revision=None,
+            weights_hash=vectors_hash,
+            tokenizer_hash=kind,
+            pooling=kind,
+            query_prompt=query_prompt,
+            document_prompt=document_prompt,
+            max_length=None,
+            dtype=dtype,
+            compute_dtype=kind,
+            normalised=True,
+            width=width,
+            decoded_with=None,
+        )
+
     @property
     def has_one_prompt(self) -> bool:
         """Whether anchors and other texts are read alike, so that one vector serves both."""

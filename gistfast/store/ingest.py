@@ -87,9 +87,7 @@ class Ingest:
         self.num_texts += len(assigned.new)
         ids = assigned.ids.reshape(num_rows, num_columns)
         # A row of new entries cannot be known, so nothing is left behind of a row that is.
-        new = (
-            ~self._known_rows.contains(key_words(row_keys(ids))) if self._known_rows.count else np.full(num_rows, True)
-        )
+        new = self._known_rows.find(key_words(row_keys(ids))) < 0 if self._known_rows.count else np.full(num_rows, True)
         self._add_rows(ids[new], self._held_out(keys[1::num_columns])[new], self._task_numbers(rows)[new])
         self.repeated += num_rows - int(new.sum())
 

@@ -98,7 +98,7 @@ class KeyTable:
         Args:
             keys: (N, 2) words, all different.
         """
-        numbers = self._find(keys)
+        numbers = self.find(keys)
         (new,) = np.nonzero(numbers == _EMPTY)
         numbers[new] = np.arange(self.count, self.count + len(new))
         total = self.count + len(new)
@@ -112,19 +112,12 @@ class KeyTable:
         self.count = total
         return numbers
 
-    def contains(self, keys: Array) -> Array:
-        """Whether each key has a number, (N,) bool.
+    def find(self, keys: Array) -> Array:
+        """The number of each key, -1 for those that have none, (N,) int64.
 
         Args:
             keys: (N, 2) words.
         """
-        found: Array = self._find(keys) != _EMPTY
-        return found
-
-    def _home(self, keys: Array) -> Array:
-        return (keys[:, 0] & np.uint64(len(self._slots) - 1)).astype(np.int64)
-
-    def _find(self, keys: Array) -> Array:
         numbers = np.full(len(keys), _EMPTY, dtype=np.int64)
         slots = self._home(keys)
         left = np.arange(len(keys))
@@ -135,6 +128,9 @@ class KeyTable:
             left = left[(held != _EMPTY) & ~same]
             slots[left] = (slots[left] + 1) & (len(self._slots) - 1)
         return numbers
+
+    def _home(self, keys: Array) -> Array:
+        return (keys[:, 0] & np.uint64(len(self._slots) - 1)).astype(np.int64)
 
     def _insert(self, keys: Array, numbers: Array) -> None:
         slots = self._home(keys)

@@ -17,7 +17,7 @@ import torch
 
 from gistfast.errors import StoreError
 from gistfast.store.files import fingerprint_of, read_json, write_json
-from gistfast.store.shards import COMMITS, Shard, fixed_size_lists, pending_shards, replace_shard, write_shard
+from gistfast.store.shards import Shard, commits_of, fixed_size_lists, pending_shards, replace_shard, write_shard
 
 if TYPE_CHECKING:
     from gistfast.store.reader import GuideStore
@@ -177,7 +177,7 @@ def remove_other_mined(store: "GuideStore") -> None:
     for kind in kinds - {info.kind if info else ""}:
         # The record goes first: without it the rest is not there.
         _record_path(store, kind).unlink(missing_ok=True)
-        for commit in (store.path / COMMITS).glob(f"{kind.replace('/', '-')}-*.json"):
+        for commit in commits_of(store.path, kind):
             commit.unlink(missing_ok=True)
         shutil.rmtree(store.path / kind, ignore_errors=True)
 

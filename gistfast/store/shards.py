@@ -236,6 +236,11 @@ def commit_path(store: Path, kind: str, index: int) -> Path:
     return store / COMMITS / f"{_commit_name(kind)}-{index:05d}.json"
 
 
+def commits_of(store: Path, kind: str) -> list[Path]:
+    """The commits of a kind that lie in the store, in the order of their shards."""
+    return sorted((store / COMMITS).glob(f"{_commit_name(kind)}-*.json"))
+
+
 def _is_file_of(kind: str, index: int, file: object) -> bool:
     match = _FILE.fullmatch(file) if isinstance(file, str) else None
     return match is not None and (match[1], int(match[2])) == (kind, index)

@@ -1,22 +1,21 @@
 """The shards of a guide's vectors: which are missing, their texts, and the way of their vectors into the store."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from gistfast.errors import StoreError, VectorError
+from gistfast.models.prompts import ROLES, Role
 from gistfast.store.info import GuideInfo
 from gistfast.store.manifest import Manifest
 from gistfast.store.plan import read_plan
 from gistfast.store.shards import commit_path, fixed_size_lists, pending_shards, read_shard, write_shard
 
 Array = np.ndarray[Any, Any]
-Role = Literal["query", "document"]
-ROLES: tuple[Role, Role] = ("query", "document")
 
 
 class VectorShards:
@@ -101,7 +100,7 @@ class VectorShards:
             raise VectorError(
                 f"shard {shard} got vectors of shape {vectors.shape}, expected {expected}: check the guide"
             )
-        batch = vector_batch(vectors, self._guide.dtype, self.texts_of(shard), sum(self.sizes[:shard]))
+        batch = vector_batch(vectors, self._guide.dtype, lambda: self.texts_of(shard), sum(self.sizes[:shard]))
         return self.commit(shard, batch)
 
     def commit(self, shard: int, batch: pa.RecordBatch) -> bool:
@@ -112,13 +111,13 @@ class VectorShards:
         return read_shard(self.store, "texts", shard, self.plan).batch
 
 
-def vector_batch(vectors: Array, dtype: str, texts: Sequence[str], first_entry: int) -> pa.RecordBatch:
+def vector_batch(vectors: Array, dtype: str, texts: Callable[[], Sequence[str]], first_entry: int) -> pa.RecordBatch:
     """The columns of a shard of vectors.
 
     Args:
         vectors: (N, G) float32.
         dtype: In which they are stored.
-        texts: The N texts, to name the one whose vector is bad.
+        texts: Gives the N texts, to name the one whose vector is bad.
         first_entry: Id of the first text.
 
     Raises:
@@ -132,7 +131,7 @@ def vector_batch(vectors: Array, dtype: str, texts: Sequence[str], first_entry: 
     if not good.all():
         bad = int(np.argmin(good))
         what = "a zero vector" if finite[bad] else "a vector that is not finite"
-        text = shorten(texts[bad], 80, placeholder=" ...")
+        text = shorten(texts()[bad], 80, placeholder=" ...")
         others = int((~good).sum()) - 1
         raise VectorError(
             f"the guide gave {what} as {stored.dtype} for text {first_entry + bad}, {text!r}"

@@ -6,9 +6,7 @@ A store appears under its name once all its rows are in; from then on any number
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, Self
-
-import numpy as np
+from typing import Self
 
 from gistfast.errors import StoreError
 from gistfast.rows.dataset import Rows, RowSource
@@ -29,7 +27,7 @@ from gistfast.store.reader import GuideStore
 from gistfast.store.replace import ReadingFolder, remove_leftovers, replace_store, replacement_of
 from gistfast.store.request import Mode, Request, refuse_unless_free
 from gistfast.store.sources_seen import keep_fingerprint, recall_fingerprint
-from gistfast.store.vectors import Role, VectorShards
+from gistfast.store.vectors import VectorShards
 
 logger = logging.getLogger(__name__)
 
@@ -178,30 +176,9 @@ class StoreWriter:
         """
         return VectorShards(self.path, self.manifest, self.guide)
 
-    def pending_shards(self) -> list[int]:
-        """Numbers of the shards whose vectors are not committed, by this process or another, in order."""
-        return self.vectors.pending()
-
     def missing_vectors(self) -> dict[str, int]:
         """How many shards of vectors are missing of each guide that lacks some, by its name."""
         return missing_vectors(self.path, self.manifest)
-
-    def texts_of(self, shard: int) -> list[str]:
-        """The texts whose vectors make up `shard`, in order."""
-        return self.vectors.texts_of(shard)
-
-    def roles_of(self, shard: int) -> list[Role]:
-        """The role under whose prompt the guide reads each text of `shard`."""
-        return self.vectors.roles_of(shard)
-
-    def write_vectors(self, shard: int, vectors: np.ndarray[Any, Any]) -> bool:
-        """Write and commit the guide vectors of `shard`; False when another process had done so first.
-
-        Raises:
-            VectorError: When a vector is zero or not finite in the stored dtype, or the array has another shape.
-            StoreError: When the disk is full or the folder cannot be written.
-        """
-        return self.vectors.write(shard, vectors)
 
     def store(self) -> GuideStore:
         """The store to be, for what is made of its vectors before others may read it.

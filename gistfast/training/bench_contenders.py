@@ -23,6 +23,7 @@ from sentence_transformers.sentence_transformer import losses
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from gistfast.batches import EvenBatchSampler
+from gistfast.process_memory import memory_mib
 from gistfast.settings.stages import TrainSettings, build
 from gistfast.store import GuideStore
 from gistfast.students.student import load_student
@@ -111,7 +112,7 @@ class Gate(TrainerCallback):
         elapsed_s, cpu_s = time.perf_counter() - self.begun_s, time.process_time() - self.begun_cpu_s
         # Freed memory goes back to the system: the next contender may need it.
         ctypes.CDLL(None).malloc_trim(0)
-        self.pipe.send((elapsed_s, cpu_s, elapsed_s - self.working_s, peak_mib()))
+        self.pipe.send((elapsed_s, cpu_s, elapsed_s - self.working_s, memory_mib("VmHWM")))
         control.should_training_stop = not self.pipe.recv()
         self._begin()
 
@@ -146,7 +147,7 @@ def run_whole(pipe: Connection, task: Task, num_steps: int) -> None:
         trainer = _peer(task, num_steps)
         trainer.train()
         cast(SentenceTransformer, trainer.model).save_pretrained(str(task.folder))
-    pipe.send((time.process_time(), peak_mib()))
+    pipe.send((time.process_time(), memory_mib("VmHWM")))
 
 
 def _settle(task: Task) -> None:
@@ -186,10 +187,3 @@ def _peer(task: Task, num_steps: int = -1) -> Trainer:
     rows = GuideStore.open(task.store).to_dataset("train").remove_columns("label")
     loss = getattr(losses, PEERS[task.contender])(model, **options)
     return SentenceTransformerTrainer(model=model, args=arguments, train_dataset=rows, loss=loss)
-
-
-def peak_mib() -> float:
-    """The most memory that this process has held, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) / 1024

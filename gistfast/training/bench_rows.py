@@ -1,15 +1,13 @@
 """The rows of `gistfast.training.bench`: docstrings of the installed packages, and a guide store of them."""
 
-import ast
 import json
 import random
 import re
 import sysconfig
-import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
+from gistfast.demo.docstrings import docstrings_in
 from gistfast.stages.precompute import precompute
 
 # What follows the first line where it is not a sentence: "Args: ...", "Parameters ------ ...", code and lists.
@@ -22,19 +20,15 @@ def docstring_pairs(num_rows: int) -> Iterator[tuple[str, str]]:
     random.Random(0).shuffle(files)
     seen: set[str] = set()
     for file in files:
-        with suppress(SyntaxError, UnicodeDecodeError, ValueError), warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-                    continue
-                first, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
-                text = " ".join(rest.split())
-                new = first.endswith(".") and "\n" not in first and seen.isdisjoint({first, text[:50]})
-                if new and len(first) > 20 and len(text) > 40 and not _HEADING.match(text):
-                    seen |= {first, text[:50]}
-                    yield first, text
-                    if len(seen) == 2 * num_rows:
-                        return
+        for docstring in docstrings_in(file):
+            first, _, rest = docstring.partition("\n\n")
+            text = " ".join(rest.split())
+            new = first.endswith(".") and "\n" not in first and seen.isdisjoint({first, text[:50]})
+            if new and len(first) > 20 and len(text) > 40 and not _HEADING.match(text):
+                seen |= {first, text[:50]}
+                yield first, text
+                if len(seen) == 2 * num_rows:
+                    return
 
 
 def make_store(folder: Path, name: str, guide: Path, num_rows: int, equal_length: int | None = None) -> Path:

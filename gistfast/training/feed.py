@@ -8,6 +8,7 @@ from pathlib import Path
 from sentence_transformers import SentenceTransformer
 
 from gistfast.errors import StoreError
+from gistfast.models.prompts import own_prompt
 from gistfast.store import GuideStore
 from gistfast.students.input import InputForm, input_form, same_features
 from gistfast.students.tokens import student_tokens
@@ -29,7 +30,7 @@ def set_prompts(
     model: SentenceTransformer, columns: Sequence[str], query: str | None, document: str | None
 ) -> dict[str, str]:
     """The prompt of each column that has one; the model keeps them for encode_query and encode_document."""
-    own_query, own_document = _own_prompt(model, "query"), _own_prompt(model, "document", "passage", "corpus")
+    own_query, own_document = own_prompt(model, "query"), own_prompt(model, "document")
     query = own_query if query is None else query
     document = own_document if document is None else document
     model.prompts.update(query=query, document=document)
@@ -37,12 +38,6 @@ def set_prompts(
         logger.info("student's prompts: %r before anchors, %r before other texts", query, document)
     prompts = {column: query if column == "anchor" else document for column in columns}
     return {column: prompt for column, prompt in prompts.items() if prompt}
-
-
-def _own_prompt(model: SentenceTransformer, *names: str) -> str:
-    """The first prompt of these names, or the default one, that the model has."""
-    candidates = [name for name in (*names, model.default_prompt_name) if name is not None]
-    return next(filter(None, map(model.prompts.get, candidates)), "")
 
 
 def feed(
