@@ -5,28 +5,28 @@ at 256 tokens. Every contender is a process; they take their steps in turn, on t
 trainer's loop does. Memory is the most that the process has held.
 
 Cases: "mixed" lengths at 64 and 256 rows, "equal" lengths, "large" batches by embedding twice, a "whole" run from its
-start to the saved student, and with --mpnet a guide of 768 dimensions. Without that it takes some 25 minutes on two
-cores and 20 GB, most of them for the others' steps; --quick is for development.
+start to the saved student, what a tolerance does to the "quality" of a student of three layers, and with --mpnet a
+guide of 768 dimensions. Without that it takes some 40 minutes on two cores and 20 GB, most of them for the others'
+steps; --quick is for development.
 """
 
 import argparse
 import json
-import multiprocessing
 import platform
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import date
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 
 from gistfast.demo.models import demo_guide
-from gistfast.training.bench_contenders import OURS, Task, run_whole, serve
+from gistfast.errors import GistfastError
+from gistfast.training.bench_contenders import OURS, Task
+from gistfast.training.bench_measure import Found, measure_runs, measure_steps
+from gistfast.training.bench_quality import measure_quality, show_quality
 from gistfast.training.bench_rows import make_store
 
 
@@ -45,6 +45,7 @@ class Case:
         equal: Whether all texts are as long as that.
         guide: "minilm" or "mpnet".
         whole: Whether what is measured is a run, from its start to the saved student, of as many steps.
+        seeds: Runs of as many steps whose students are judged on held-out rows; 0 where time is measured.
     """
 
     name: str
@@ -57,7 +58,11 @@ class Case:
     equal: bool = False
     guide: str = "minilm"
     whole: bool = False
+    seeds: int = 0
 
+
+# Of the rows, where students are judged.
+_HOLDOUT = 0.1
 
 _LIVE = ("mnrl", "gist", "cached gist", "gistfast")
 _LARGE = ("cached gist", "gistfast cached", "gistfast tolerance 0.05")
@@ -66,27 +71,11 @@ CASES = (
     Case("mixed-256", 256, _LIVE, steps=2),
     Case("equal-64", 64, ("mnrl", "gistfast"), steps=5, num_rows=448, max_length=128, equal=True),
     Case("large-2048", 2048, _LARGE, steps=1, warm_up=False),
+    Case("quality-2048", 2048, _LARGE[1:], steps=6, num_rows=9216, max_length=32, seeds=3),
     Case("whole-64", 64, ("mnrl", "gistfast"), steps=16, whole=True),
     Case("mpnet-64", 64, ("gist", "cached gist", "gistfast"), steps=3, num_rows=512, guide="mpnet"),
     Case("mpnet-256", 256, ("gist", "gistfast"), steps=1, num_rows=512, guide="mpnet"),
 )
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was measured of one contender.
-
-    Attributes:
-        seconds: Of each step.
-        cpu_s: Of the processor in each step, on all threads: less moved by what else runs on the machine.
-        other_s: Of each step, outside forward, backward and optimizer.
-        peak_mib: Memory of the process at its highest.
-    """
-
-    seconds: list[float]
-    cpu_s: list[float]
-    other_s: list[float]
-    peak_mib: float
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--cases", nargs="+", choices=names, default=names, help="which (default: all)")
+    parser.add_argument(
+        "--rows", metavar="SOURCE", help="pairs to train on, as precompute reads them (default: docstrings)"
+    )
     parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="leave the others out")
     parser.add_argument("--steps", type=int, help="steps measured of each contender")
     parser.add_argument("--quick", action="store_true", help="a quarter of the rows, 64 tokens: for development")
@@ -107,16 +99,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="append what is found to this file, a line for each contender")
     options = parser.parse_args(argv)
     guides = {"minilm": demo_guide()} | ({"mpnet": options.mpnet} if options.mpnet else {})
+    failed = False
     with tempfile.TemporaryDirectory() as temporary:
         for case in _chosen(options, guides):
-            guide, folder = guides[case.guide], options.folder or Path(temporary)
-            store = make_store(folder, case.guide, guide, case.num_rows, case.max_length if case.equal else None)
-            of_case = measure_whole if case.whole else measure
-            found = of_case(case, store, guide, options.threads)
-            _show(case, found)
-            if options.json:
-                _append(options.json, case, found, options.threads)
-    return 0
+            try:
+                _run(case, guides[case.guide], options.folder or Path(temporary), options)
+            except GistfastError as error:
+                print(f"\n{case.name}: {error}", flush=True)
+                failed = True
+    return int(failed)
+
+
+def _run(case: Case, guide: Path, folder: Path, options: argparse.Namespace) -> None:
+    """Measure a case and print its table.
+
+    Raises:
+        GistfastError: When a contender fails.
+    """
+    store = make_store(
+        folder,
+        case.guide,
+        guide,
+        case.num_rows,
+        source=options.rows,
+        equal_length=case.max_length if case.equal else None,
+        holdout=_HOLDOUT if case.seeds else 0.0,
+    )
+    lengths = f"of {case.max_length} tokens each" if case.equal else f"of up to {case.max_length} tokens"
+    title = f"{case.name}: {case.batch_size} rows, texts {lengths}, guide {case.guide}"
+    if case.seeds:
+        sizes = {"batch_size": case.batch_size, "num_steps": case.steps, "max_length": case.max_length}
+        qualities = measure_quality(
+            case.contenders, store, demo_guide(), num_seeds=case.seeds, threads=options.threads, **sizes
+        )
+        print(f"\n{title}, {case.steps} steps\n")
+        show_quality(qualities)
+        return
+    with tempfile.TemporaryDirectory() as work:
+        tasks = [
+            Task(name, store, demo_guide(), guide, case.batch_size, case.max_length, options.threads, Path(work, name))
+            for name in case.contenders
+        ]
+        found = (
+            measure_runs(tasks, case.steps) if case.whole else measure_steps(tasks, case.steps, warm_up=case.warm_up)
+        )
+    print(f"\n{title}\n")
+    _show(case, found)
+    if options.json:
+        _append(options.json, case, found, options.threads)
 
 
 def _chosen(options: argparse.Namespace, guides: dict[str, Path]) -> Iterator[Case]:
@@ -130,72 +160,10 @@ def _chosen(options: argparse.Namespace, guides: dict[str, Path]) -> Iterator[Ca
         yield replace(case, contenders=wanted, steps=options.steps or case.steps)
 
 
-def measure(case: Case, store: Path, guide: Path, threads: int) -> dict[str, Found]:
-    """What the contenders' steps took, one after the other in turn.
-
-    Raises:
-        SystemExit: When a contender fails.
-    """
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    received: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in case.contenders}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        for name in case.contenders:
-            pipes[name], other = context.Pipe()
-            task = Task(name, store, demo_guide(), guide, case.batch_size, case.max_length, threads, Path(folder, name))
-            process = context.Process(target=serve, args=(other, task), daemon=True)
-            process.start()
-            other.close()
-            stack.callback(process.join)
-            stack.callback(pipes[name].send, False)
-        try:
-            for pipe in pipes.values():
-                pipe.recv()
-            for number in range(case.steps + case.warm_up):
-                for name, pipe in pipes.items():
-                    pipe.send(True)
-                    received[name] += [pipe.recv()] if number >= case.warm_up else pipe.recv() and []
-        except EOFError:
-            raise SystemExit(f"{case.name}: a contender failed, see above") from None
-    return {name: _found(steps) for name, steps in received.items()}
-
-
-def measure_whole(case: Case, store: Path, guide: Path, threads: int) -> dict[str, Found]:
-    """What the contenders' runs took, one after the other.
-
-    Raises:
-        SystemExit: When a contender fails.
-    """
-    context = multiprocessing.get_context("spawn")
-    found = {}
-    for name in case.contenders:
-        with tempfile.TemporaryDirectory() as folder:
-            pipe, other = context.Pipe()
-            task = Task(name, store, demo_guide(), guide, case.batch_size, case.max_length, threads, Path(folder, name))
-            begun_s = time.perf_counter()
-            process = context.Process(target=run_whole, args=(other, task, case.steps), daemon=True)
-            process.start()
-            other.close()
-            try:
-                cpu_s, peak = pipe.recv()
-            except EOFError:
-                raise SystemExit(f"{case.name}: {name} failed, see above") from None
-            process.join()
-            found[name] = Found([time.perf_counter() - begun_s], [cpu_s], [0.0], peak)
-    return found
-
-
-def _found(steps: Sequence[tuple[float, float, float, float]]) -> Found:
-    seconds, cpu_s, other_s, peaks = (list(values) for values in zip(*steps, strict=True))
-    return Found(seconds, cpu_s, other_s, max(peaks))
-
-
 def _show(case: Case, found: dict[str, Found]) -> None:
     """A table in Markdown."""
     last = case.contenders[-1]
-    lengths = f"of {case.max_length} tokens each" if case.equal else f"of up to {case.max_length} tokens"
     what = f"run of {case.steps} steps" if case.whole else "step"
-    print(f"\n{case.name}: {case.batch_size} rows, texts {lengths}, guide {case.guide}\n")
     print(f"| trainer | {what}, s | 20 % to 80 % | {last} takes | in CPU time | other than model and loss | peak MiB |")
     print("|---|---|---|---|---|---|---|")
     for name, values in found.items():
