@@ -231,7 +231,7 @@ class TestScores:
         write_scores(store, 3, scores[48:])
         assert not write_scores(store, 3, scores[48:])
         assert np.array_equal(GuideStore.open(store.path).pair_scores, scores)
-        assert store.verify() == []
+        assert store.verify(deep=False) == []
         with pytest.raises(StoreError, match=r"shape \(3, 2\), expected \(12, 2\)"):
             write_scores(store, 3, scores[:3])
 

@@ -122,6 +122,25 @@ def test_scores_and_index_follow_vectors_whose_bits_have_changed(
     np.testing.assert_allclose(store.pair_scores[:, 0], expected, atol=1e-6)
 
 
+def test_scores_of_vectors_that_were_replaced_are_found_and_made_again(
+    real: Path, mend: Mend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = GuideStore.open(real).pair_scores.copy()
+    file_of(real, "vectors").unlink()
+    original = ModelGuide.embed
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelGuide, "embed", lambda *given: np.roll(original(*given), 1, axis=1))
+        # Stopped between vectors and scores, which are whole and know nothing of it.
+        patch.setattr("gistfast.stages.repair.score_pairs", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mend()
+    problems = check_store(real, deep=True).problems
+    assert any("has a score of" in problem and "where the vectors give" in problem for problem in problems)
+    assert any(line.startswith("scores/") for line in mend().mended)
+    assert check_store(real, deep=True).problems == []
+    assert not np.allclose(GuideStore.open(real).pair_scores, before, atol=1e-4)
+
+
 def test_readers_keep_what_they_have_and_find_what_is_new(real: Path, mend: Mend) -> None:
     late, early = GuideStore.open(real), GuideStore.open(real)
     seen = contents(early)

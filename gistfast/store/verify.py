@@ -4,8 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from gistfast.errors import StoreError
 from gistfast.neighbours.index_check import index_problem
+from gistfast.neighbours.pair_scores import scores_of
 from gistfast.progress import progress
 from gistfast.store.contents import wrong_contents
 from gistfast.store.files import file_checksum
@@ -13,7 +17,10 @@ from gistfast.store.manifest import MANIFEST_NAME, Manifest
 from gistfast.store.mined import mined_info
 from gistfast.store.plan import missing_vectors, read_unfinished, refuse_no_store
 from gistfast.store.reader import GuideStore
-from gistfast.store.shards import ADVICE, committed_shards, open_shard, read_commit, shard_path
+from gistfast.store.shards import ADVICE, committed_shards, open_shard, read_commit, read_shard, shard_path
+
+# Another processor or another order of summation moves a score by less.
+_SAME_SCORE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ def _check(
                 bad.append(BadShard(kind, index, str(error)))
             bar.advance(1)
     sound = not any(shard.kind.startswith("vectors/") for shard in bad)
+    if deep and finished is not None and not any(shard.kind in finished.kinds for shard in bad):
+        bad.extend(_other_scores(GuideStore(store, finished)))
     indexes = {
         plan.fingerprint: index_problem(
             GuideStore(store, plan), deep=deep, vectors_are_sound=sound and not missing_vectors(store, plan)
@@ -125,6 +134,24 @@ def _check(
         num_shards=len(wanted),
         num_bytes=num_bytes,
     )
+
+
+def _other_scores(store: GuideStore) -> Iterator[BadShard]:
+    """Shards of scores that are not those of the store's vectors: a repair may have stopped between the two."""
+    kind = store.manifest.scores
+    shards = sorted(committed_shards(store.path, kind))
+    with progress("comparing scores", total=len(shards), unit="shards") as bar:
+        for index in shards:
+            stored = read_shard(store.path, kind, index, store.manifest).tensor(0, torch.float32).numpy()
+            ids = store.rows_of(index)
+            for column, scores in enumerate(stored.T, start=1):
+                found = scores_of(store, ids[:, 0], ids[:, column])
+                row = int(np.argmax(np.abs(found - scores)))
+                if abs(found[row] - scores[row]) > _SAME_SCORE:
+                    what = f"has a score of {scores[row]:.4f} where the vectors give {found[row]:.4f} (row {row})"
+                    yield BadShard(kind, index, f"{store.path / kind} shard {index} {what}: {ADVICE}")
+                    break
+            bar.advance(1)
 
 
 def _finished_shards(store: Path, manifest: Manifest | None) -> dict[tuple[str, int], Manifest]:
