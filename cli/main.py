@@ -10,9 +10,10 @@ from importlib import import_module
 import typer
 from rich.text import Text
 
-from gistfast.cli.options import command, errors_in_one_line
+from gistfast.cli.options import command, command_class, errors_in_one_line
 from gistfast.cli.store import app as store_app
 from gistfast.progress import console
+from gistfast.settings.base import Settings
 from gistfast.settings.stages import (
     EvaluateSettings,
     PictureSettings,
@@ -80,11 +81,15 @@ def _quickstart(settings: QuickstartSettings) -> None:
     quickstart(**to_dict(settings))
 
 
-app.command("precompute")(command(PrecomputeSettings, _precompute))
-app.command("train")(command(TrainSettings, _train))
-app.command("evaluate")(command(EvaluateSettings, _evaluate))
-app.command("picture")(command(PictureSettings, _picture))
-app.command("quickstart")(command(QuickstartSettings, _quickstart))
+_STAGES: dict[str, tuple[type[Settings], Callable[..., None]]] = {
+    "precompute": (PrecomputeSettings, _precompute),
+    "train": (TrainSettings, _train),
+    "evaluate": (EvaluateSettings, _evaluate),
+    "picture": (PictureSettings, _picture),
+    "quickstart": (QuickstartSettings, _quickstart),
+}
+for _name, (_settings, _run) in _STAGES.items():
+    app.command(_name, cls=command_class(_settings))(command(_settings, _run))
 
 
 def _benchmark(name: str) -> Callable[[typer.Context], None]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import typer
+from click import Context, HelpFormatter
+from typer.core import TyperCommand
 
 from gistfast.errors import ConfigError, GistfastError
 from gistfast.progress import console
@@ -35,6 +37,27 @@ def command(settings_class: type[S], run: Callable[[S], None]) -> Callable[..., 
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return call
+
+
+def command_class(settings_class: type[Settings]) -> type[TyperCommand]:
+    """The Typer command whose help lists the options under the titles of their sections."""
+
+    class Command(TyperCommand):
+        def format_options(self, ctx: Context, formatter: HelpFormatter) -> None:
+            """Write the options, section by section."""
+            sections: dict[str, list[tuple[str, str]]] = {}
+            title = "Options"
+            for parameter in self.get_params(ctx):
+                name = parameter.name or ""
+                title = "Other" if name in ("config", "help") else settings_class.sections.get(name, title)
+                kind = "Arguments" if parameter.param_type_name == "argument" else title
+                if (record := parameter.get_help_record(ctx)) is not None:
+                    sections.setdefault(kind, []).append(record)
+            for heading, records in sections.items():
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+    return Command
 
 
 _CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)

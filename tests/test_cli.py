@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from gistfast.cli.main import app
-from gistfast.cli.options import command
+from gistfast.cli.options import command, command_class
 from gistfast.errors import ConfigError, StoreError
 from gistfast.settings.base import Settings, argument, comma_separated, flag_of, setting
 from gistfast.settings.stages import (
@@ -60,6 +60,16 @@ def test_help_shows_every_setting(name: str) -> None:
     assert result.exit_code == 0
     for item in fields(COMMANDS[name]):
         assert flag_of(item) in result.output
+
+
+@pytest.mark.parametrize("settings", [PrecomputeSettings, TrainSettings])
+def test_help_stands_under_the_titles_of_its_sections(settings: type[Settings]) -> None:
+    assert settings.sections.keys() <= {item.name for item in fields(settings)}
+    app = typer.Typer(rich_markup_mode=None)
+    app.command(cls=command_class(settings))(command(settings, lambda built: None))
+    lines = CliRunner().invoke(app, ["--help"]).output.splitlines()
+    for name, title in settings.sections.items():
+        assert lines[lines.index(f"{title}:") + 1].split()[0] == f"--{name.replace('_', '-')}"
 
 
 def test_command_line_builds_the_settings() -> None:

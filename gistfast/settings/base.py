@@ -63,6 +63,8 @@ class Settings:
     # The first line of a command's help, and what Ctrl-C is answered with.
     about: ClassVar[str]
     when_stopped: ClassVar[str] = "stopped"
+    # Titles in the help, by the field that each begins with; "Options" go before the first.
+    sections: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         """Check each field alone, then the fields against each other."""

@@ -42,6 +42,14 @@ class PrecomputeSettings(Settings):
 
     about = "Write a guide store: each distinct text of SOURCE, embedded once."
     when_stopped = "stopped: the same command with --resume goes on from here"
+    sections = {
+        "columns": "Rows",
+        "guide_prompt": "Guide",
+        "guide_model": "Embedding servers and ready vectors",
+        "index": "Index and mined negatives",
+        "processes": "Processes and machines",
+        "resume": "Stores that are there",
+    }
 
     source: str = argument("File, folder, glob or hub id that holds the rows of text.")
     guide: str = setting(

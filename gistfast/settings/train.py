@@ -23,6 +23,15 @@ class TrainSettings(Settings):
 
     about = "Train a student against the guide store STORE."
     when_stopped = "stopped: the same command with --resume goes on from here"
+    sections = {
+        "temperature": "Loss",
+        "tokens_per_forward": "Forward passes",
+        "epochs": "Batches",
+        "learning_rate": "Steps",
+        "bf16": "Device",
+        "keep_layers": "Student",
+        "logging_steps": "Log, evaluations and checkpoints",
+    }
 
     store: str = argument("Folder of the guide store.")
     student: str = setting(MISSING, "Student model to start from: a folder or a hub id.")
