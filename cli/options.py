@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import typer
-from click import Context, HelpFormatter
 from typer.core import TyperCommand
 
 from gistfast.errors import ConfigError, GistfastError
@@ -43,7 +42,7 @@ def command_class(settings_class: type[Settings]) -> type[TyperCommand]:
     """The Typer command whose help lists the options under the titles of their sections."""
 
     class Command(TyperCommand):
-        def format_options(self, ctx: Context, formatter: HelpFormatter) -> None:
+        def format_options(self, ctx: Any, formatter: Any) -> None:
             """Write the options, section by section."""
             sections: dict[str, list[tuple[str, str]]] = {}
             title = "Options"

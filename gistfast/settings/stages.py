@@ -5,7 +5,7 @@ The command line, the Python functions and the record of a run all read these fi
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gistfast.errors import ConfigError
 from gistfast.guides.kinds import guide_kind, refuse_options_of_other_guides
@@ -42,7 +42,7 @@ class PrecomputeSettings(Settings):
 
     about = "Write a guide store: each distinct text of SOURCE, embedded once."
     when_stopped = "stopped: the same command with --resume goes on from here"
-    sections = {
+    sections: ClassVar = {
         "columns": "Rows",
         "guide_prompt": "Guide",
         "guide_model": "Embedding servers and ready vectors",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gistfast.errors import ConfigError
 from gistfast.settings.base import (
@@ -23,7 +23,7 @@ class TrainSettings(Settings):
 
     about = "Train a student against the guide store STORE."
     when_stopped = "stopped: the same command with --resume goes on from here"
-    sections = {
+    sections: ClassVar = {
         "temperature": "Loss",
         "tokens_per_forward": "Forward passes",
         "epochs": "Batches",
