@@ -93,7 +93,9 @@ def _say(line: str) -> None:
 def _parameter(item: "Field[Any]", hint: Any) -> inspect.Parameter:
     """The Typer parameter of a field; a setting that holds several values is text here."""
     default, annotation = item.default, hint
-    if item.metadata["parse"] is not None:
+    if item.metadata.get("several"):
+        annotation = list[str] | None
+    elif item.metadata["parse"] is not None:
         annotation = str | None
         default = ",".join(default) if isinstance(default, tuple) and default else None
     elif default is MISSING:
@@ -104,7 +106,7 @@ def _parameter(item: "Field[Any]", hint: Any) -> inspect.Parameter:
 
 
 def _argument(item: "Field[Any]") -> Any:
-    return typer.Argument(None, metavar=item.name.upper(), help=item.metadata["help"], show_default=False)
+    return typer.Argument(None, metavar=flag_of(item), help=item.metadata["help"], show_default=False)
 
 
 def _option(item: "Field[Any]", hint: Any, default: Any) -> Any:

@@ -20,6 +20,7 @@ from gistfast.batches import (
     ClusterBatchSampler,
     EvenBatchSampler,
     LengthBatchSampler,
+    MixedBatches,
     ProportionalBatchSampler,
     RoundRobinBatchSampler,
     StoreBatches,
@@ -39,6 +40,7 @@ from gistfast.rows.dataset import read_rows
 from gistfast.settings.stages import TrainSettings, build
 from gistfast.stages.train import train
 from gistfast.store import GuideStore, StoreWriter
+from gistfast.training.collate import MixedRows
 from gistfast.training.trainer import GuidedTrainer
 
 
@@ -278,6 +280,35 @@ def test_mixed_order_follows_from_seed_and_epoch_alone(mixer: Callable[..., Any]
     assert list(second) != undisturbed
     other.set_epoch(1)
     assert list(other) != undisturbed
+
+
+def test_held_out_rows_are_all_taken_however_stores_are_mixed(make_store: Callable[..., GuideStore]) -> None:
+    stores = [make_store(TEXTS[:rows], name=f"of {rows}", holdout=0.3) for rows in (40, 20)]
+    made = MixedBatches(tuple(StoreBatches(store, "length") for store in stores), "round_robin")
+    train, held_out = (MixedRows(stores, split) for split in ("train", "held_out"))
+    assert len(made(train, 4, False)) == sum(made.num_batches(4))
+    assert len(set(made.num_batches(4))) == 1
+    assert sorted(chain(*made(held_out, 4, False))) == list(range(len(held_out)))
+    assert len(pickle.dumps(made)) < 2000
+
+
+def test_tasks_do_not_meet_in_batches_of_several_stores(make_store: Callable[..., GuideStore]) -> None:
+    stores = [make_store(TEXTS[:rows], name=f"of {rows}", tasks=TASKS[:rows]) for rows in (60, 30)]
+    rows = MixedRows(stores, "train")
+    sampler = MixedBatches(tuple(StoreBatches(store, "task") for store in stores))(rows, 6, False)
+    batches = [rows.__getitems__(batch) for batch in sampler]
+    assert all(len(set(stores[store].task_of_rows[numbers])) == 1 for store, numbers in batches)
+    assert sorted((store, row) for store, numbers in batches for row in numbers) == [
+        (store, row) for store in range(2) for row in range(stores[store].num_rows)
+    ]
+
+
+def test_rows_of_two_stores_are_no_batch(make_store: Callable[..., GuideStore]) -> None:
+    rows = MixedRows([make_store(TEXTS[:rows], name=f"of {rows}") for rows in (40, 20)], "train")
+    store, numbers = rows.__getitems__([40, 43])
+    assert (store, numbers.tolist()) == (1, [0, 3])
+    with pytest.raises(AssertionError, match="a batch is of one store"):
+        rows.__getitems__([39, 40])
 
 
 # The samplers of a store.

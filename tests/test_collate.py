@@ -41,7 +41,11 @@ def store(make_store: Callable[..., GuideStore]) -> GuideStore:
 @pytest.fixture
 def collator(student: SentenceTransformer, store: GuideStore, tmp_path: Path) -> Callable[..., Collator]:
     """A collator of small passes for some prompts."""
-    return lambda prompts: feed(student, store, prompts, spare_folder=tmp_path, tokens_per_forward=24, on_cpu=True)[1]
+
+    def make(prompts: dict[str, str]) -> Collator:
+        return feed(student, [store], prompts, spare_folder=tmp_path, tokens_per_forward=24, on_cpu=True)[1][0]
+
+    return make
 
 
 @pytest.mark.parametrize("prompts", PROMPTS, ids=["none", "of anchors", "one"])
@@ -83,7 +87,7 @@ def test_texts_are_sorted_by_length_in_passes_within_the_budget(collator: Callab
 
 def test_kinds_share_no_pass(student: SentenceTransformer, store: GuideStore, tmp_path: Path) -> None:
     student.set_pooling_include_prompt(False)
-    _, collator = feed(student, store, {"anchor": "a word: "}, spare_folder=tmp_path, on_cpu=True)
+    _, (collator,) = feed(student, [store], {"anchor": "a word: "}, spare_folder=tmp_path, on_cpu=True)
     forwards = collator(np.arange(len(ROWS)))["texts"]["forwards"]
     assert forwards[:, 2].tolist() == sorted(forwards[:, 2])
     assert set(forwards[:, 2]) == {0, 1}
@@ -95,7 +99,7 @@ def test_mined_negatives_stand_behind_the_columns_with_the_prompt_of_documents(
     info = MinedInfo(negatives=2, margin=0.0, margin_strategy="absolute", store_fingerprint=store.fingerprint)
     mine(store, info, ExactSearch(store, "cpu"))
     prompts = {"positive": "text: ", "negative_1": "text: "}
-    _, collator = feed(student, store, prompts, spare_folder=tmp_path, mined_negatives=2, on_cpu=True)
+    _, (collator,) = feed(student, [store], prompts, spare_folder=tmp_path, mined_negatives=2, on_cpu=True)
     batch = collator(np.arange(len(ROWS)))
     texts = TextSet(**batch["texts"])
     ids = torch.from_numpy(rows_with_negatives(store, np.arange(len(ROWS)), 2))

@@ -52,7 +52,12 @@ def test_required_settings_have_no_default() -> None:
         ("backend", "cuda", "--backend must be one of auto, reference, chunked, triton, found 'cuda'"),
         ("trackers", "mlflow", "--trackers knows tensorboard, wandb and trackio, found mlflow"),
         ("keep_layers", "0,x", "--keep-layers must be numbers like 0,1,2, found '0,x'"),
-        ("store", 7, "STORE must be text, found 7"),
+        ("store", 7, "STORE must be text or a list, found 7"),
+        ("store", ["a", 7], "STORE must be text, found 7"),
+        ("store", ["a", None], "STORE must be text, found None"),
+        ("store", [], "STORE is needed: give the folder of a guide store, or of several"),
+        ("mixing", "round_robin", "--mixing round_robin does nothing with one store: leave it out"),
+        ("keep_layers", [0, "x"], "--keep-layers must be a whole number, found 'x'"),
     ],
 )
 def test_bad_value_is_refused_with_its_flag(name: str, value: object, message: str) -> None:
@@ -135,7 +140,13 @@ def test_text_and_values_build_equal_settings() -> None:
 
 
 def test_path_becomes_text() -> None:
-    assert build(TrainSettings, {**TRAIN, "store": Path("a") / "b"}).store == "a/b"
+    assert build(EvaluateSettings, {"model": Path("a") / "b", "store": "store"}).model == "a/b"
+
+
+def test_one_store_and_several_are_the_same_setting() -> None:
+    for given in ("a/b", Path("a/b"), ["a/b"], (Path("a") / "b",)):
+        assert build(TrainSettings, {**TRAIN, "store": given}).store == ("a/b",)
+    assert build(TrainSettings, {**TRAIN, "store": [Path("a"), "b"]}).store == ("a", "b")
 
 
 def test_saved_settings_build_the_same_settings() -> None:

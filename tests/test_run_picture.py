@@ -38,6 +38,21 @@ def test_each_line_has_its_steps_and_values() -> None:
     assert _lines(LOG, {"margin": "margin"}) == {}
 
 
+def test_stores_have_lines_of_their_own() -> None:
+    of_stores = [
+        {"loss": 1.0, "loss/one": 1.0, "step": 1},
+        {"loss": 3.0, "loss/a/b": 3.0, "step": 2},
+        {"eval_loss": 1.5, "eval_loss/one": 1.0, "eval_held_out_cosine_ndcg@10": 0.5, "step": 2}
+        | {"eval_held_out_cosine_ndcg@10/one": 0.25, "eval_held_out_cosine_ndcg@10/a/b": 0.75},
+    ]
+    panels = _panels(of_stores)
+    assert panels["loss"] == {"training": ((1, 2), (1.0, 3.0)), "held-out rows": ((2,), (1.5,))}
+    assert panels["evaluation on held-out rows"] == {"nDCG@10": ((2,), (0.5,))}
+    assert panels["loss of each store"] == {"one": ([1], [1.0]), "a/b": ([2], [3.0])}
+    assert panels["nDCG@10 of each store"] == {"one": ([2], [0.25]), "a/b": ([2], [0.75])}
+    assert not _panels(LOG)["loss of each store"]
+
+
 def test_long_lines_are_drawn_as_means_of_neighbours() -> None:
     assert _thinned([1.0, 2.0]) == [1.0, 2.0]
     found = _thinned([float(value) for value in range(1000)])

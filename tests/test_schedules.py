@@ -66,7 +66,7 @@ def test_processes_average_the_gradient_of_a_learned_temperature(monkeypatch: py
     learned.log.grad = torch.tensor(1.0)
     monkeypatch.setattr("gistfast.losses.schedules.all_gather", lambda own: torch.cat([own, own + 2]))
     loss = SimpleNamespace(learned_temperature=learned, options={})
-    callback = ScheduledLoss(loss, Schedule(temperature=0.05))  # type: ignore[arg-type]
+    callback = ScheduledLoss([loss], Schedule(temperature=0.05))  # type: ignore[list-item]
     for world_size, gradient in ((1, 1.0), (2, 2.0)):
         args = SimpleNamespace(world_size=world_size)
         callback.on_pre_optimizer_step(args, TrainerState(), TrainerControl())  # type: ignore[arg-type]

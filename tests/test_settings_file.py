@@ -42,7 +42,7 @@ def test_file_holds_what_would_stand_on_the_command_line(file: Path) -> None:
     (settings,), code, _ = train("--config", str(file))
     assert code == 0
     assert settings == TrainSettings(
-        store="guide-store",
+        store=("guide-store",),
         student="small-model",
         out="run",
         learning_rate=2e-5,
@@ -54,12 +54,20 @@ def test_file_holds_what_would_stand_on_the_command_line(file: Path) -> None:
 
 def test_command_line_goes_before_the_file(file: Path) -> None:
     (settings,), _, _ = train("other-store", "--config", str(file), "--batch-size", "64", "--trackers", "none")
-    assert (settings.store, settings.batch_size, settings.trackers) == ("other-store", 64, ())
+    assert (settings.store, settings.batch_size, settings.trackers) == (("other-store",), 64, ())
     assert settings.learning_rate == 2e-5
 
 
+def test_several_stores_stand_on_the_command_line_or_in_a_list(file: Path) -> None:
+    (settings,), _, _ = train("one", "--config", str(file), "two", "--mixing", "round_robin", "three")
+    assert (settings.store, settings.mixing) == (("one", "two", "three"), "round_robin")
+    file.write_text(YAML.replace("guide-store", "[one, two]"))
+    (settings,), _, _ = train("--config", str(file))
+    assert settings.store == ("one", "two")
+
+
 def test_default_that_is_typed_goes_before_the_file(file: Path) -> None:
-    default = TrainSettings(store="s", student="m", out="o").batch_size
+    default = TrainSettings(store=("s",), student="m", out="o").batch_size
     (settings,), _, _ = train("--config", str(file), "--batch-size", str(default))
     assert settings.batch_size == default
 

@@ -52,7 +52,7 @@ class Step:
 
     def __init__(self, model: SentenceTransformer, store: GuideStore, spare: Path, **prompts: str) -> None:
         self.model, self.store, self.prompts = model, store, prompts
-        self.form, collator = feed(model, store, prompts, spare_folder=spare, tokens_per_forward=30, on_cpu=True)
+        self.form, (collator,) = feed(model, [store], prompts, spare_folder=spare, tokens_per_forward=30, on_cpu=True)
         self.batch: Batch = collator(np.arange(len(ROWS)))
         self.texts = TextSet(**self.batch["texts"])
         self.loss = GISTLoss(model, store, temperature=0.1)

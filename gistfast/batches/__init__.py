@@ -1,7 +1,7 @@
 """Which rows meet in a batch: numbers of rows, in the order of a store's training split."""
 
 from gistfast.batches.choice import Batching, StoreBatches
-from gistfast.batches.mixing import ProportionalBatchSampler, RoundRobinBatchSampler
+from gistfast.batches.mixing import MixedBatches, Mixing, ProportionalBatchSampler, RoundRobinBatchSampler
 from gistfast.batches.samplers import (
     ClusterBatchSampler,
     EvenBatchSampler,
@@ -15,6 +15,8 @@ __all__ = [
     "ClusterBatchSampler",
     "EvenBatchSampler",
     "LengthBatchSampler",
+    "MixedBatches",
+    "Mixing",
     "ProportionalBatchSampler",
     "RoundRobinBatchSampler",
     "StoreBatches",

@@ -4,17 +4,21 @@ The two ways, and their names, are sentence-transformers' own. What is added: th
 alone, and where several processes take a step together all of them take it in the same store.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from sentence_transformers.base import sampler as library
 from torch.utils.data import ConcatDataset
 
+from gistfast.batches.choice import StoreBatches
 from gistfast.batches.orders import Array
 from gistfast.batches.samplers import EvenBatchSampler
+
+Mixing = Literal["proportional", "round_robin"]
 
 
 class ProportionalBatchSampler(library.ProportionalBatchSampler):
@@ -37,10 +41,58 @@ class RoundRobinBatchSampler(library.RoundRobinBatchSampler):
         yield from _steps(self, np.tile(np.arange(len(counts)), min(counts)))
 
 
-MIXERS: dict[str, type[ProportionalBatchSampler | RoundRobinBatchSampler]] = {
+MIXERS: dict[Mixing, type[ProportionalBatchSampler | RoundRobinBatchSampler]] = {
     "proportional": ProportionalBatchSampler,
     "round_robin": RoundRobinBatchSampler,
 }
+
+
+@dataclass(frozen=True)
+class MixedBatches:
+    """Makes batch samplers for the rows of several stores, one after the other; as `StoreBatches` does for one store.
+
+    Of held-out rows all are taken, whatever the mixing.
+
+    Attributes:
+        of_stores: How each store is batched.
+        mixing: How their batches are mixed.
+    """
+
+    of_stores: tuple[StoreBatches, ...]
+    mixing: Mixing = "proportional"
+
+    def __call__(
+        self,
+        dataset: ConcatDataset[Any],
+        batch_size: int,
+        drop_last: bool,
+        valid_label_columns: list[str] | None = None,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+    ) -> ProportionalBatchSampler | RoundRobinBatchSampler:
+        """The sampler of the stores' rows, with what sentence-transformers' trainer gives to one.
+
+        Args:
+            dataset: The rows of each store, in the order of the stores.
+            batch_size: Rows of a batch at most.
+            drop_last: Whether every batch must be full.
+            valid_label_columns: Not used.
+            generator: Not used.
+            seed: Decides the order, with the epoch, and the clusters.
+
+        Raises:
+            ConfigError: When the rows are not those of the stores, or there are too few for the clusters.
+            StoreError: When the clusters cannot be written.
+        """
+        pairs = zip(self.of_stores, cast(Sequence[Sized], dataset.datasets), strict=True)
+        samplers: list[Any] = [batches(rows, batch_size, drop_last, seed=seed) for batches, rows in pairs]
+        mixing = "proportional" if getattr(dataset, "split", None) == "held_out" else self.mixing
+        return MIXERS[mixing](dataset, samplers, generator, seed)
+
+    def num_batches(self, batch_size: int) -> tuple[int, ...]:
+        """Batches of each store in an epoch, for one process."""
+        counts = tuple(batches.num_batches(batch_size) for batches in self.of_stores)
+        return counts if self.mixing == "proportional" else (min(counts),) * len(counts)
 
 
 def _samplers(mixer: Any) -> Sequence[EvenBatchSampler]:

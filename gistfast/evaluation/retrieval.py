@@ -1,17 +1,22 @@
 """Retrieval as a measure: what is to be found, and how well a model finds it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.base.model import BaseModel
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from gistfast.errors import ConfigError
 from gistfast.store import GuideStore
 
 RECALL_AT = (1, 10, 100)
+# Stands before the names of the scores on held-out rows in the log of a run.
+HELD_OUT = "held_out"
 MEASURES = ("ndcg@10", "mrr@10", *(f"recall@{k}" for k in RECALL_AT))
 
 
@@ -91,6 +96,53 @@ def retrieval_evaluator(
         show_progress_bar=show_progress,
         write_csv=False,
     )
+
+
+def held_out_evaluator(stores: Mapping[str, GuideStore], *, batch_size: int) -> BaseEvaluator:
+    """The evaluator of the stores' held-out rows; of several each that has any on its own.
+
+    Args:
+        stores: By name.
+        batch_size: Texts embedded at once.
+
+    Raises:
+        ConfigError: When no rows were held out.
+    """
+    if len(stores) == 1:
+        (store,) = stores.values()
+        return retrieval_evaluator(held_out_retrieval(store), batch_size=batch_size, name=HELD_OUT)
+    tasks = {name: held_out_retrieval(store) for name, store in stores.items() if store.held_out.any()}
+    return MeanOfStores(
+        {
+            name: retrieval_evaluator(task, batch_size=batch_size, name=f"{HELD_OUT}/{name}")
+            for name, task in tasks.items()
+        }
+    )
+
+
+class MeanOfStores(BaseEvaluator):
+    """Evaluates several stores one after the other.
+
+    Each score is the mean of the stores', whatever their sizes; that of a store has "/NAME" behind its name.
+    """
+
+    def __init__(self, evaluators: Mapping[str, InformationRetrievalEvaluator]) -> None:
+        """Take the evaluator of each store, called `HELD_OUT/NAME`."""
+        super().__init__()  # type: ignore[no-untyped-call]  # theirs is untyped
+        self.evaluators = evaluators
+
+    def __call__(
+        self, model: BaseModel, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """The scores by their names."""
+        means: dict[str, float] = {}
+        found: dict[str, float] = {}
+        for name, evaluator in self.evaluators.items():
+            for own, value in evaluator(cast(SentenceTransformer, model), output_path, epoch, steps).items():
+                score = HELD_OUT + own.removeprefix(f"{HELD_OUT}/{name}")
+                means[score] = means.get(score, 0.0) + value / len(self.evaluators)
+                found[f"{score}/{name}"] = value
+        return means | found
 
 
 def retrieval_scores(model: SentenceTransformer, evaluator: InformationRetrievalEvaluator) -> dict[str, float]:

@@ -6,6 +6,7 @@ temperature is a weight of the loss, and lies in the checkpoints.
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,16 +75,17 @@ class Schedule:
 
 
 class ScheduledLoss(TrainerCallback):
-    """Gives the loss its options before each step, and a learned temperature one gradient in all processes."""
+    """Gives the losses their options before each step, and a learned temperature one gradient in all processes."""
 
-    def __init__(self, loss: "GISTLoss", schedule: Schedule) -> None:
-        self.loss = loss
+    def __init__(self, losses: Sequence["GISTLoss"], schedule: Schedule) -> None:
+        """Take the losses, which have the same options and share a learned temperature."""
+        self.losses = losses
         self.schedule = schedule
 
     def options(self) -> dict[str, float]:
         """Temperature and margin as they are now, where they change during the run."""
-        changing = {name: float(self.loss.options[name]) for name in self.schedule.at(0, 1)}
-        learned = self.loss.learned_temperature
+        changing = {name: float(self.losses[0].options[name]) for name in self.schedule.at(0, 1)}
+        learned = self.losses[0].learned_temperature
         return changing if learned is None else {**changing, "temperature": learned().item()}
 
     def on_train_begin(
@@ -102,12 +104,13 @@ class ScheduledLoss(TrainerCallback):
         self._set(state)
 
     def _set(self, state: TrainerState) -> None:
-        self.loss.options.update(self.schedule.at(state.global_step, state.max_steps))
+        for loss in self.losses:
+            loss.options.update(self.schedule.at(state.global_step, state.max_steps))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Average the gradient of a learned temperature over the processes: only the student's is averaged for us."""
-        learned = self.loss.learned_temperature
+        learned = self.losses[0].learned_temperature
         if learned is not None and learned.log.grad is not None and args.world_size > 1:
             learned.log.grad.copy_(all_gather(learned.log.grad[None]).mean())

@@ -22,7 +22,7 @@ _HOLDS: Mapping[str, Callable[[float, float], bool]] = {
     "at most": lambda value, limit: value <= limit,
     "below": lambda value, limit: value < limit,
 }
-_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "text or a list"}
 
 
 def setting(
@@ -51,9 +51,19 @@ def setting(
     return field(default=default, metadata={"help": help, "limits": given, "parse": parse})
 
 
-def argument(help: str) -> Any:
-    """A required dataclass field that the command line takes by position."""
-    return field(metadata={"help": help, "limits": {}, "parse": None, "positional": True})
+def argument(help: str, *, several: bool = False) -> Any:
+    """A required dataclass field that the command line takes by position.
+
+    Args:
+        help: One sentence for `--help`.
+        several: Whether more than one value may stand there; the field is a tuple, also of a single text.
+    """
+    parse = _alone if several else None
+    return field(metadata={"help": help, "limits": {}, "parse": parse, "positional": True, "several": several})
+
+
+def _alone(text: str) -> tuple[str, ...]:
+    return (text,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,13 +209,15 @@ def refuse_unknown_device(device: str) -> None:
 
 def _read(item: "Field[Any]", value: Any) -> Any:
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        value = os.fspath(value)
     parse = item.metadata["parse"]
     if parse is None or value is None or isinstance(value, Mapping):
         return value
     if isinstance(value, str):
         return parse(value)
-    return tuple(value) if isinstance(value, Iterable) else value
+    if not isinstance(value, Iterable):
+        return value
+    return tuple(os.fspath(part) if isinstance(part, os.PathLike) else part for part in value)
 
 
 def _check_type(item: "Field[Any]", hint: Any, value: Any) -> None:
@@ -216,13 +228,23 @@ def _check_type(item: "Field[Any]", hint: Any, value: Any) -> None:
         admitted = value in choices
         wanted = "one of " + ", ".join(map(str, choices))
     else:
-        kind = next(get_origin(part) or part for part in parts if part is not type(None))
-        # A whole number is a valid float; True is an int to Python, but to no user.
-        kinds = (float, int) if kind is float else (kind,)
-        admitted = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+        part = next(part for part in parts if part is not type(None))
+        kind = get_origin(part) or part
+        if kind is tuple and isinstance(value, tuple):
+            kind = get_args(part)[0]
+            wrong = [element for element in value if not _is_a(kind, element)]
+        else:
+            wrong = [] if _is_a(kind, value) else [value]
+        admitted, value = not wrong, next(iter(wrong), value)
         wanted = _NAMES.get(kind, kind.__name__)
     if not admitted:
         raise ConfigError(f"{flag_of(item)} must be {wanted}, found {value!r}")
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    # A whole number is a valid float; True is an int to Python, but to no user.
+    kinds = (float, int) if kind is float else (kind,)
+    return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
 
 
 def _check_limits(item: "Field[Any]", value: Any) -> None:

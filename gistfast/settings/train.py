@@ -21,7 +21,7 @@ from gistfast.settings.train_checks import refuse_useless_options
 class TrainSettings(Settings):
     """Stage 2: from a guide store to a trained student."""
 
-    about = "Train a student against the guide store STORE."
+    about = "Train a student against the guide store STORE, or against several."
     when_stopped = "stopped: the same command with --resume goes on from here"
     sections: ClassVar = {
         "temperature": "Loss",
@@ -33,7 +33,9 @@ class TrainSettings(Settings):
         "logging_steps": "Log, evaluations and checkpoints",
     }
 
-    store: str = argument("Folder of the guide store.")
+    store: tuple[str, ...] = argument(
+        "Folder of the guide store, or of several, whose rows never meet in a batch.", several=True
+    )
     student: str = setting(MISSING, "Student model to start from: a folder or a hub id.")
     out: str = setting(MISSING, "Folder of the trained student.")
 
@@ -81,6 +83,11 @@ class TrainSettings(Settings):
     )
     clusters: int | None = setting(
         None, "Clusters of anchors with --batching cluster; of eight batches each when left out.", at_least=2
+    )
+    mixing: Literal["proportional", "round_robin"] | None = setting(
+        None,
+        "With several stores: every batch of each, in random order (proportional, when left out), or a batch of each "
+        "in turn until the smallest is used up (round_robin).",
     )
     learning_rate: float = setting(2e-5, "Highest learning rate.", above=0)
     learning_rates: Mapping[str, float] | None = setting(
@@ -164,6 +171,8 @@ class TrainSettings(Settings):
     def check(self) -> None:
         """Refuse settings that contradict each other."""
         refuse_both(self, "resume", "overwrite")
+        if not self.store:
+            raise ConfigError("STORE is needed: give the folder of a guide store, or of several")
         if self.clusters and self.batching != "cluster":
             raise ConfigError(f"--clusters {self.clusters} does nothing with --batching {self.batching}: leave it out")
         if self.replay_tolerance and not self.cached:

@@ -16,6 +16,8 @@ def refuse_useless_options(settings: "TrainSettings") -> None:
     Raises:
         ConfigError: Naming both.
     """
+    if settings.mixing is not None and len(settings.store) == 1:
+        raise ConfigError(f"--mixing {settings.mixing} does nothing with one store: leave it out")
     if settings.lora_rank is None and (settings.lora_alpha or settings.lora_dropout or settings.lora_targets):
         raise ConfigError("--lora-alpha, --lora-dropout and --lora-targets do nothing without --lora-rank: give a rank")
     if settings.lora_rank is not None and settings.freeze:

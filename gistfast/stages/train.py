@@ -16,12 +16,9 @@ from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback, TrainerState
 
-from gistfast.batches import StoreBatches
-from gistfast.errors import ConfigError, GistfastError
+from gistfast.errors import GistfastError
 from gistfast.models.pretrained import no_weight_bar
 from gistfast.settings.stages import TrainSettings, build
-from gistfast.store import GuideStore
-from gistfast.store.export import check_negatives
 from gistfast.store.files import write_json
 from gistfast.students.lora import Lora, has_lora, merged, save_adapter
 from gistfast.students.student import check_learning_rates, load_student
@@ -38,42 +35,51 @@ from gistfast.training.modelcard import add_section, guide_section
 from gistfast.training.report import TrainReport, train_report
 from gistfast.training.run_folder import RunFolder, run_record, step_of
 from gistfast.training.run_picture import draw_run
-from gistfast.training.setup import make_trainer
+from gistfast.training.setup import make_trainer, mixed_batches
+from gistfast.training.stores import Stores, check_stores, num_train_rows, open_stores
 from gistfast.training.trainer import GuidedTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def train(store: str | Path, *, student: str | Path, out: str | Path, **options: Any) -> TrainReport:
-    """Train a student against a guide store and save it as a sentence-transformers folder.
+def train(
+    store: str | Path | Sequence[str | Path], *, student: str | Path, out: str | Path, **options: Any
+) -> TrainReport:
+    """Train a student against a guide store, or several, and save it as a sentence-transformers folder.
 
     Nothing is written before all that the run needs was found to be there. Ctrl-C finishes the step, saves a
     checkpoint and stops; `resume=True` goes on from the last checkpoint as if nothing had happened.
 
     Args:
-        store: Folder of a complete guide store.
+        store: Folder of a complete guide store, or several folders; no batch has rows of two stores.
         student: The model to start from: a folder or a hub id.
         out: Folder of the trained student; `gistfast.training.run_folder` says what is in it.
         **options: Other fields of `TrainSettings`.
 
     Raises:
-        ConfigError: When a setting is bad, contradicts the store, or `out` holds something else.
+        ConfigError: When a setting is bad, contradicts a store, or `out` holds something else.
         DependencyError: When a tracker, or peft for an adapter, is not installed.
         GistfastError: When the disk is full; what was saved is kept.
         ModelError: When the student does not load.
-        StoreError: When the store is not there or not complete.
+        StoreError: When a store is not there or not complete.
         KeyboardInterrupt: After Ctrl-C.
     """
     begun_s = time.monotonic()
     settings = build(TrainSettings, {**options, "store": store, "student": student, "out": out})
-    guide_store = GuideStore.open(settings.store)
-    _check_rows(guide_store, settings.batch_size, settings.eval_steps)
-    if settings.mined_negatives:
-        check_negatives(guide_store, settings.mined_negatives)
+    stores = open_stores(settings.store)
+    check_stores(
+        stores,
+        batch_size=settings.batch_size,
+        mined_negatives=settings.mined_negatives,
+        evaluate=settings.eval_steps > 0,
+    )
     # Made here to be refused here: a store without tasks, clusters without faiss.
-    StoreBatches(guide_store, settings.batching)
+    mixed_batches(stores, settings)
     run = RunFolder(Path(settings.out).expanduser())
-    record = run_record(settings, guide_store.manifest)
+    if settings.resume and len(names := run.store_names()) == len(stores):
+        # As its log calls them, wherever they lie now.
+        stores = dict(zip(names, stores.values(), strict=True))
+    record = run_record(settings, {name: store.manifest for name, store in stores.items()})
     run.check(record, resume=settings.resume, overwrite=settings.overwrite)
     if settings.resume and (finished := run.finished()) is not None:
         logger.info("%s is complete: nothing to resume", run.path)
@@ -87,34 +93,19 @@ def train(store: str | Path, *, student: str | Path, out: str | Path, **options:
     run.begin(record, overwrite=settings.overwrite)
     with _one_line_when_full(run.path), uploads_to(settings.push_to_hub) as upload:
         more = [] if upload is None else [UploadCheckpoints(upload, run)]
-        history = _fit(model, guide_store, settings, run, trackers, more)
+        history = _fit(model, stores, settings, run, trackers, more)
         best = best_step(history) if settings.keep_best else None
         report = train_report(
             run.path,
             history,
             best=best,
-            num_rows=_num_train_rows(guide_store),
+            num_rows={name: num_train_rows(store) for name, store in stores.items()},
             elapsed_s=time.monotonic() - begun_s,
         )
-        _save(model, guide_store, settings, run, report)
+        _save(model, stores, settings, run, report)
         if upload is not None:
             upload.offer(run.path, f"trained student, {report.steps} steps")
     return report
-
-
-def _check_rows(store: GuideStore, batch_size: int, eval_steps: int) -> None:
-    num_rows = _num_train_rows(store)
-    if batch_size > num_rows:
-        raise ConfigError(
-            f"--batch-size {batch_size} is larger than the data: "
-            f"{store.path} has {num_rows} rows to train on: give {num_rows} or less"
-        )
-    if eval_steps and num_rows == store.num_rows:
-        raise ConfigError(f"--eval-steps needs held-out rows, {store.path} has none: make the store with --holdout")
-
-
-def _num_train_rows(store: GuideStore) -> int:
-    return int(store.num_rows - store.held_out.sum())
 
 
 def _load(settings: TrainSettings) -> SentenceTransformer:
@@ -143,7 +134,7 @@ def _lora(settings: TrainSettings) -> Lora | None:
 
 def _fit(
     model: SentenceTransformer,
-    store: GuideStore,
+    stores: Stores,
     settings: TrainSettings,
     run: RunFolder,
     trackers: Sequence[str],
@@ -155,9 +146,9 @@ def _fit(
         KeyboardInterrupt: After Ctrl-C, when a checkpoint was saved.
     """
     checkpoint = run.last_checkpoint()
-    _say_how_it_begins(store, settings, checkpoint)
+    _say_how_it_begins(stores, settings, checkpoint)
     # TensorBoard gets a folder of ours and the step of the checkpoint; the trainer starts the others itself.
-    trainer = make_trainer(model, store, settings, run, [name for name in trackers if name != "tensorboard"])
+    trainer = make_trainer(model, stores, settings, run, [name for name in trackers if name != "tensorboard"])
     if checkpoint is not None and (past := _past_its_end(checkpoint, settings.patience)) is not None:
         history, ends_with = past.log_history, checkpoint
     else:
@@ -198,14 +189,20 @@ def _past_its_end(checkpoint: Path, patience: int | None) -> TrainerState | None
     return state if state.global_step >= state.max_steps or out_of_patience(state.log_history, patience) else None
 
 
-def _say_how_it_begins(store: GuideStore, settings: TrainSettings, checkpoint: Path | None) -> None:
-    batches = StoreBatches(store, settings.batching).num_batches(settings.batch_size)
+def _say_how_it_begins(stores: Stores, settings: TrainSettings, checkpoint: Path | None) -> None:
+    rows = {name: num_train_rows(store) for name, store in stores.items()}
+    mixed = mixed_batches(stores, settings)
+    counts = mixed.num_batches(settings.batch_size)
+    if len(stores) > 1:
+        for name, count, batches in zip(stores, counts, mixed.of_stores, strict=True):
+            all_batches = batches.num_batches(settings.batch_size)
+            logger.info("%s: %d rows, %d of its %d batches an epoch", name, rows[name], count, all_batches)
     logger.info(
         "%d rows, %d batches of up to %d an epoch, %d steps",
-        _num_train_rows(store),
-        batches,
+        sum(rows.values()),
+        sum(counts),
         settings.batch_size,
-        settings.max_steps or math.ceil(batches * settings.epochs),
+        settings.max_steps or math.ceil(sum(counts) * settings.epochs),
     )
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
@@ -215,7 +212,7 @@ def _say_how_it_begins(store: GuideStore, settings: TrainSettings, checkpoint: P
 
 def _save(
     model: SentenceTransformer,
-    store: GuideStore,
+    stores: Stores,
     settings: TrainSettings,
     run: RunFolder,
     report: TrainReport,
@@ -225,7 +222,8 @@ def _save(
         model.save_pretrained(str(run.path))
     if has_lora(model) and settings.keep_layers is None:
         save_adapter(model, run.adapter, settings.student)
-    add_section(run.path / "README.md", guide_section(store.manifest, settings, report.dropped, report.best_step))
+    manifests = {name: store.manifest for name, store in stores.items()}
+    add_section(run.path / "README.md", guide_section(manifests, settings, report.dropped, report.best_step))
     if settings.picture:
         _draw(run)
     write_json(run.report_path, asdict(report) | {"path": str(report.path)})

@@ -29,6 +29,7 @@ from gistfast.store import GuideStore
 from gistfast.students.student import load_student
 from gistfast.training.run_folder import RunFolder
 from gistfast.training.setup import make_trainer
+from gistfast.training.stores import open_stores
 from gistfast.training.trainer import GuidedTrainer
 
 PEERS = {"mnrl": "MultipleNegativesRankingLoss", "gist": "GISTEmbedLoss", "cached gist": "CachedGISTEmbedLoss"}
@@ -161,7 +162,7 @@ def _own_trainer(task: Task) -> Trainer:
     options = {"store": task.store, "student": task.student, "out": task.folder, "batch_size": task.batch_size}
     settings = build(TrainSettings, {**options, **OURS[task.contender], "epochs": 1000.0, "save_steps": 0})
     model = load_student(str(task.student), max_length=task.max_length, dropout=0.0, device="cpu")
-    return make_trainer(model, GuideStore.open(task.store), settings, RunFolder(task.folder), [])
+    return make_trainer(model, open_stores(settings.store), settings, RunFolder(task.folder), [])
 
 
 def _peer(task: Task, num_steps: int = -1) -> Trainer:

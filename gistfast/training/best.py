@@ -10,6 +10,8 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gistfast.evaluation.retrieval import HELD_OUT
+
 logger = logging.getLogger(__name__)
 
 History = Sequence[Mapping[str, Any]]
@@ -17,14 +19,9 @@ History = Sequence[Mapping[str, Any]]
 _MEASURE = "ndcg@10"
 
 
-def score_name(model: SentenceTransformer, evaluator: str) -> str:
-    """What the trainer's log calls the score by which students are compared.
-
-    Args:
-        model: The student.
-        evaluator: The evaluator's name.
-    """
-    return f"eval_{evaluator}_{model.similarity_fn_name}_{_MEASURE}"
+def score_name(model: SentenceTransformer) -> str:
+    """What the trainer's log calls the score by which students are compared; of several stores it is the mean."""
+    return f"eval_{HELD_OUT}_{model.similarity_fn_name}_{_MEASURE}"
 
 
 def best_step(history: History) -> int | None:
@@ -48,7 +45,7 @@ def _scores(history: History) -> dict[int, float]:
         record["step"]: value
         for record in history
         for name, value in record.items()
-        if record["step"] and name.startswith("eval_") and name.endswith(f"_{_MEASURE}")
+        if record["step"] and name.startswith(f"eval_{HELD_OUT}_") and name.endswith(f"_{_MEASURE}")
     }
 
 

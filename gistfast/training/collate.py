@@ -7,13 +7,14 @@ over tokens or texts in Python, and guide vectors never pass through lists.
 Shapes: B rows, C columns, N distinct texts, T tokens, G guide width.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from gistfast.store import GuideStore
 from gistfast.store.export import rows_with_negatives
@@ -43,6 +44,16 @@ class Batch(TypedDict):
     counts: Tensor
 
 
+class MixedBatch(Batch):
+    """A batch of one of several stores.
+
+    Attributes:
+        store: Number of the store.
+    """
+
+    store: int
+
+
 COUNTS = ("tokens", "padded_tokens", "texts", "distinct_texts")
 
 
@@ -67,6 +78,27 @@ class Rows(Dataset[Array]):
 
     def __getitems__(self, places: list[int]) -> Array:
         return self.numbers[places]
+
+
+class MixedRows(ConcatDataset[Array]):
+    """The rows of a split of several stores, counted through; a batch, which is of one of them, is read at once.
+
+    Attributes:
+        split: "train" or "held_out".
+    """
+
+    def __init__(self, stores: Sequence[GuideStore], split: Split) -> None:
+        """Take the rows of a split."""
+        super().__init__([Rows(store, split) for store in stores])
+        self.split = split
+
+    def __getitems__(self, places: list[int]) -> tuple[int, Array]:
+        """Number of the store, and numbers of its rows."""
+        store = bisect_right(self.cumulative_sizes, places[0])
+        rows = cast(Rows, self.datasets[store])
+        first = self.cumulative_sizes[store] - len(rows)
+        assert first <= min(places) <= max(places) < first + len(rows), "a batch is of one store"
+        return store, rows.__getitems__([place - first for place in places])
 
 
 class Collator:
@@ -134,3 +166,16 @@ class Collator:
             mine = which == number
             found[joined_pieces(every, starts[mine], sizes[mine])] = tokens.gather(entries[mine])
         return found
+
+
+class MixedCollator:
+    """Makes a `MixedBatch` of what `MixedRows` gives."""
+
+    def __init__(self, of_stores: Sequence[Collator]) -> None:
+        """Take the collator of each store."""
+        self.of_stores = of_stores
+
+    def __call__(self, chosen: tuple[int, Array]) -> MixedBatch:
+        """The batch of rows (B,) of the store with a number."""
+        store, rows = chosen
+        return {**self.of_stores[store](rows), "store": store}

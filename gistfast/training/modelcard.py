@@ -9,11 +9,11 @@ from sentence_transformers import SentenceTransformer
 
 from gistfast import __version__
 from gistfast.settings.stages import TrainSettings, to_dict
+from gistfast.training.collate import Rows, Split
 from gistfast.training.run_folder import FREE_SETTINGS
 
 if TYPE_CHECKING:
-    import numpy as np
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
     from gistfast.store import GuideInfo, GuideStore, Manifest
 
@@ -26,16 +26,27 @@ _BLOCKS = {
 _SECTION_BEFORE = "## Training Details"
 
 
-def card_rows(store: "GuideStore", numbers: "np.ndarray[Any, Any]") -> "Dataset":
-    """Rows of a store as a dataset that looks up texts and ids when it is asked for them: the card asks for a few.
+def card_rows(stores: Mapping[str, "GuideStore"], split: Split) -> "Dataset | DatasetDict":
+    """The rows of a split as a dataset; of several stores as one for each that has any.
+
+    Texts and ids are looked up when they are asked for: the card asks for a few.
 
     Args:
-        store: The guide store.
-        numbers: (R,) numbers of the rows.
+        stores: The guide stores by name.
+        split: Which rows.
     """
+    from datasets import DatasetDict
+
+    rows = {name: _rows_of(store, split) for name, store in stores.items()}
+    if len(stores) == 1:
+        return next(iter(rows.values()))
+    return DatasetDict({name: own for name, own in rows.items() if len(own)})
+
+
+def _rows_of(store: "GuideStore", split: Split) -> "Dataset":
     from datasets import Dataset
 
-    return Dataset.from_dict({"row": numbers}).with_transform(partial(_texts_of, store))
+    return Dataset.from_dict({"row": Rows(store, split).numbers}).with_transform(partial(_texts_of, store))
 
 
 def _texts_of(store: "GuideStore", batch: Mapping[str, list[int]]) -> dict[str, list[Any]]:
@@ -44,52 +55,54 @@ def _texts_of(store: "GuideStore", batch: Mapping[str, list[int]]) -> dict[str, 
     return {**texts, "label": ids.tolist()}
 
 
-def describe_data(model: SentenceTransformer, rows: "Dataset", name: str, *, evaluated: bool) -> None:
-    """Tell the card the data's name, and let its examples be the first rows instead of a random draw.
+def describe_data(model: SentenceTransformer, stores: Mapping[str, "GuideStore"], *, evaluated: bool) -> None:
+    """Tell the card the data's names, and let its examples be the first rows instead of a random draw.
 
     Args:
         model: The student.
-        rows: Training rows with columns anchor and positive.
-        name: Of the data, as the store describes it.
-        evaluated: Whether held-out rows of it are evaluated during training.
+        stores: What it is trained on.
+        evaluated: Whether held-out rows are evaluated during training.
     """
-    first = rows[:3]
+    first = _rows_of(next(iter(stores.values())), "train")[:3]
     card = model.model_card_data
-    card.train_datasets = [{"name": name}]
-    card.eval_datasets = [{"name": f"{name}, held-out rows"}] if evaluated else []
+    card.train_datasets = [{"name": _data_of(store)} for store in stores.values()]
+    held_out = [store for store in stores.values() if evaluated and store.held_out.any()]
+    card.eval_datasets = [{"name": f"{_data_of(store)}, held-out rows"} for store in held_out]
     card.widget = [{"source_sentence": first["anchor"][0], "sentences": first["positive"]}]
     card.usage_examples = [first["anchor"][0], *first["positive"]]
 
 
+def _data_of(store: "GuideStore") -> str:
+    return store.manifest.data.description
+
+
 def guide_section(
-    manifest: "Manifest", settings: TrainSettings, dropped: Mapping[str, float], best_step: int | None = None
+    manifests: Mapping[str, "Manifest"],
+    settings: TrainSettings,
+    dropped: Mapping[str, float],
+    best_step: int | None = None,
 ) -> str:
     """The section of the card, in Markdown.
 
     Args:
-        manifest: Of the guide store.
+        manifests: Of each guide store, by its name.
         settings: Of the run.
         dropped: Mean share of the candidates dropped in each block.
         best_step: The step whose student was kept, None for the last.
     """
-    data = manifest.data
-    facts: dict[str, str] = {}
-    for number, guide in enumerate(manifest.guides):
-        facts |= _guide_facts(guide, "Guide" if len(manifest.guides) == 1 else f"Guide {number + 1}")
-    if len(manifest.guides) > 1:
-        facts["Guides' score"] = f"{manifest.guide_score}, weights {', '.join(map(str, manifest.weights))}"
-    facts |= {
-        "Guide store": f"fingerprint `{manifest.fingerprint}`",
-        "Data": f"{data.description}, fingerprint `{data.fingerprint}`",
-        "Rows": f"{data.num_rows:,} with {data.num_texts:,} distinct texts; "
-        f"{data.holdout:.1%} of the positives held out, {data.skipped:,} bad rows skipped",
-    }
-    facts |= {f"Dropped, {_BLOCKS[block]}": f"{share:.2%} of the candidates" for block, share in dropped.items()}
+    facts = {f"Dropped, {_BLOCKS[block]}": f"{share:.2%} of the candidates" for block, share in dropped.items()}
     settings_shown = _settings_that_matter(settings)
     facts["Student"] = ", ".join([f"began as `{settings_shown['student']}`", *_shape(settings)])
     if best_step is not None:
         facts["Student"] += f"; kept after step {best_step}, whose nDCG@10 was the highest"
-    lines = [f"- **{name}:** {value}" for name, value in facts.items()]
+    lines = []
+    for name, manifest in manifests.items():
+        lines += [f"### Store {name}", ""] if len(manifests) > 1 else []
+        lines += [*_list(_store_facts(manifest)), *([""] if len(manifests) > 1 else [])]
+    if len(manifests) > 1:
+        mixing = settings.mixing or "proportional"
+        lines += ["### All stores", "", f"- **Mixing:** {mixing}; no batch has rows of two stores"]
+    lines += _list(facts)
     values = [f"- `{name}`: {value}" for name, value in settings_shown.items()]
     return "\n".join(
         [
@@ -108,6 +121,26 @@ def guide_section(
             "",
         ]
     )
+
+
+def _list(facts: Mapping[str, str]) -> list[str]:
+    return [f"- **{name}:** {value}" for name, value in facts.items()]
+
+
+def _store_facts(manifest: "Manifest") -> dict[str, str]:
+    """The guides and the data of a store."""
+    data = manifest.data
+    facts: dict[str, str] = {}
+    for number, guide in enumerate(manifest.guides):
+        facts |= _guide_facts(guide, "Guide" if len(manifest.guides) == 1 else f"Guide {number + 1}")
+    if len(manifest.guides) > 1:
+        facts["Guides' score"] = f"{manifest.guide_score}, weights {', '.join(map(str, manifest.weights))}"
+    return facts | {
+        "Guide store": f"fingerprint `{manifest.fingerprint}`",
+        "Data": f"{data.description}, fingerprint `{data.fingerprint}`",
+        "Rows": f"{data.num_rows:,} with {data.num_texts:,} distinct texts; "
+        f"{data.holdout:.1%} of the positives held out, {data.skipped:,} bad rows skipped",
+    }
 
 
 def _shape(settings: TrainSettings) -> list[str]:

@@ -1,7 +1,7 @@
 """What came of a training run, from its log."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class TrainReport:
         best_step: The step after which the student was kept as the best one, if that was asked for.
         temperature: In the last step, where it changed during the run.
         margin: As `temperature`.
+        stores: Where there are several, of each by its name: "rows" trained on, its last "loss" in the log, and of that
+            evaluation its own "ndcg@10".
     """
 
     path: Path
@@ -36,10 +38,11 @@ class TrainReport:
     best_step: int | None = None
     temperature: float | None = None
     margin: float | None = None
+    stores: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def train_report(
-    path: Path, history: Sequence[Mapping[str, Any]], *, best: int | None, num_rows: int, elapsed_s: float
+    path: Path, history: Sequence[Mapping[str, Any]], *, best: int | None, num_rows: Mapping[str, int], elapsed_s: float
 ) -> TrainReport:
     """The report of a run that has come to its end.
 
@@ -47,28 +50,66 @@ def train_report(
         path: Folder of the student.
         history: The trainer's log.
         best: The step whose student was kept, None for the last.
-        num_rows: Rows trained on.
+        num_rows: Rows trained on of each store, by its name.
         elapsed_s: Seconds that the run took.
     """
     steps = [record for record in history if "loss" in record]
     evaluations = [record for record in history if "eval_loss" in record and best in (None, record["step"])]
-    blocks = [name for name in steps[-1] if name.startswith("dropped/")]
-    dropped = {name.removeprefix("dropped/"): sum(record[name] for record in steps) / len(steps) for name in blocks}
+    evaluation = evaluations[-1] if evaluations else {}
     return TrainReport(
         path=path,
         steps=history[-1]["step"],
-        rows=num_rows,
+        rows=sum(num_rows.values()),
         loss=steps[-1]["loss"],
         temperature=steps[-1].get("temperature"),
         margin=steps[-1].get("margin"),
-        dropped=dropped,
+        dropped=_dropped(steps),
         elapsed_s=elapsed_s,
-        evaluation=_scores(evaluations[-1]) if evaluations else {},
+        evaluation=_scores(evaluation) if evaluation else {},
         best_step=best,
+        stores=_of_stores(num_rows, steps, evaluation) if len(num_rows) > 1 else {},
     )
+
+
+def _dropped(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean share of each block over the records that have it: not every store has negatives."""
+    found: dict[str, list[float]] = {}
+    for record in steps:
+        for name, share in record.items():
+            if name.startswith("dropped/"):
+                found.setdefault(name.removeprefix("dropped/"), []).append(share)
+    return {block: sum(shares) / len(shares) for block, shares in found.items()}
+
+
+def _of_stores(
+    num_rows: Mapping[str, int], steps: Sequence[Mapping[str, float]], evaluation: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {name: {"rows": rows} for name, rows in num_rows.items()}
+    for record in steps:
+        for name, loss in values_of_stores(record, "loss").items():
+            found[name]["loss"] = loss
+    for name, score in values_of_stores(evaluation, "_ndcg@10").items():
+        found[name]["ndcg@10"] = score
+    return found
+
+
+def values_of_stores(record: Mapping[str, Any], measure: str) -> dict[str, float]:
+    """The values of a measure in a record of the log by the stores' names, where it has a value for each store.
+
+    Args:
+        record: Of the log.
+        measure: Its name, or the end of its name, from an underscore on.
+    """
+    found = {}
+    for key, value in record.items():
+        name, slash, store = key.partition("/")
+        if slash and (name == measure or (measure.startswith("_") and name.endswith(measure))):
+            found[store] = value
+    return found
 
 
 def _scores(record: Mapping[str, float]) -> dict[str, float]:
     """The measures in a record of an evaluation, under the names that `evaluate` gives them."""
-    found = {name.rpartition("_")[2]: value for name, value in record.items() if name.startswith("eval_")}
+    own = {name: value for name, value in record.items() if name.startswith("eval_") and "/" not in name}
+    found = {name.rpartition("_")[2]: value for name, value in own.items()}
     return {name: found[name] for name in ("loss", *MEASURES)}

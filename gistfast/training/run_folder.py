@@ -1,7 +1,7 @@
 """The folder of a training run: what the run was made from, its checkpoints, its end.
 
 OUT/
-  gistfast.json       settings, and the fingerprint of the store
+  gistfast.json       settings, and the fingerprint of each store
   metrics.jsonl       one record for each logged step and evaluation
   tensorboard/        the same for TensorBoard
   checkpoints/        checkpoint-N: all that a run needs to go on after step N
@@ -13,6 +13,7 @@ OUT/
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,11 @@ class RunFolder:
         if resume and (difference := _difference(self._read(self.record_path), record)):
             raise ConfigError(f"--out {self.path} holds a run made otherwise: {difference}: resume it as it was")
 
+    def store_names(self) -> list[str]:
+        """What the stores of the run found there are called in its log, if there is a run of several stores."""
+        stores = self._read(self.record_path)["store"] if self.record_path.is_file() else []
+        return [store["name"] for store in stores] if isinstance(stores, list) else []
+
     def begin(self, record: dict[str, Any], *, overwrite: bool) -> None:
         """Make the folder and write down what the run is made from, removing an earlier run if asked to.
 
@@ -139,14 +145,18 @@ def step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
-def run_record(settings: TrainSettings, manifest: "Manifest") -> dict[str, Any]:
-    """What a run is made from, as JSON knows it: settings, and the store's fingerprint, guide and data."""
-    store = {
-        "fingerprint": manifest.fingerprint,
-        "guides": [asdict(guide) for guide in manifest.guides],
-        "data": {**asdict(manifest.data), "fingerprint": manifest.data.fingerprint},
-    }
-    return {"settings": to_dict(settings), "store": store}
+def run_record(settings: TrainSettings, manifests: Mapping[str, "Manifest"]) -> dict[str, Any]:
+    """What a run is made from, as JSON knows it: settings, and fingerprint, guides and data of each store by name."""
+    stores: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "fingerprint": manifest.fingerprint,
+            "guides": [asdict(guide) for guide in manifest.guides],
+            "data": {**asdict(manifest.data), "fingerprint": manifest.data.fingerprint},
+        }
+        for name, manifest in manifests.items()
+    ]
+    return {"settings": to_dict(settings), "store": stores[0] if len(stores) == 1 else stores}
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
@@ -155,5 +165,10 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
         before = found["settings"].get(name)
         if name not in FREE_SETTINGS and before != value:
             return f"--{name.replace('_', '-')} was {before}, found {value}"
-    before, after = (record["store"]["fingerprint"] for record in (found, wanted))
+    before, after = (" and ".join(_fingerprints(record)) for record in (found, wanted))
     return None if before == after else f"the store had fingerprint {before}, found {after}"
+
+
+def _fingerprints(record: dict[str, Any]) -> list[str]:
+    stores = record["store"]
+    return [store["fingerprint"] for store in (stores if isinstance(stores, list) else [stores])]

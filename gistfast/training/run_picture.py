@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gistfast.errors import DataError, DependencyError
 from gistfast.evaluation.report import RETRIEVAL
+from gistfast.training.report import values_of_stores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,6 +67,8 @@ def _panels(records: Records) -> dict[str, dict[str, Line]]:
         _DROPPED: _lines(records, {name: f"dropped/{block}" for block, name in _BLOCKS.items()}),
         "evaluation on held-out rows": _lines(records, measures),
         "temperature": _lines(records, {"temperature": "temperature"}),
+        "loss of each store": _lines_of_stores(records, "loss"),
+        "nDCG@10 of each store": _lines_of_stores(records, "_ndcg@10"),
     }
 
 
@@ -83,6 +86,17 @@ def _lines(records: Records, endings: Mapping[str, str]) -> dict[str, Line]:
             steps, values = zip(*points, strict=True)
             found[name] = (steps, values)
     return found
+
+
+def _lines_of_stores(records: Records, measure: str) -> dict[str, Line]:
+    """The values of a measure by the stores' names, where there are several."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for record in records:
+        for name, value in values_of_stores(record, measure).items():
+            steps, values = found.setdefault(name, ([], []))
+            steps.append(record["step"])
+            values.append(value)
+    return dict(found)
 
 
 def _draw(axes: "Axes", title: str, lines: Mapping[str, Line]) -> None:

@@ -3,32 +3,30 @@
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from torch import nn
 from transformers import PrinterCallback
 
-from gistfast.batches import StoreBatches
-from gistfast.evaluation.retrieval import held_out_retrieval, retrieval_evaluator
+from gistfast.batches import MixedBatches, StoreBatches
+from gistfast.evaluation.retrieval import held_out_evaluator
 from gistfast.losses.gist_loss import GISTLoss
 from gistfast.losses.schedules import LOWEST_TEMPERATURE, LearnedTemperature, Schedule
 from gistfast.models.pretrained import pick_device
 from gistfast.settings.stages import TrainSettings
-from gistfast.store import GuideStore
 from gistfast.students.student import checkpoint_activations
 from gistfast.training.best import KeepBest, score_name
-from gistfast.training.collate import Rows, Split
+from gistfast.training.collate import MixedCollator, MixedRows, Split
 from gistfast.training.feed import feed, set_prompts
 from gistfast.training.modelcard import card_rows, describe_data
 from gistfast.training.passes import Passes
 from gistfast.training.run_folder import RunFolder
 from gistfast.training.step import Replay
+from gistfast.training.stores import Stores
 from gistfast.training.trainer import GuidedTrainer
 
 logger = logging.getLogger(__name__)
-
-_EVALUATOR = "held_out"
 
 _LOSS_OPTIONS = (
     "temperature",
@@ -43,38 +41,34 @@ _LOSS_OPTIONS = (
 
 def make_trainer(
     model: SentenceTransformer,
-    store: GuideStore,
+    stores: Stores,
     settings: TrainSettings,
     run: RunFolder,
     trackers: Sequence[str],
 ) -> GuidedTrainer:
-    """A trainer of the student on the store's training rows, ready to train.
+    """A trainer of the student on the stores' training rows, ready to train.
 
     Args:
         model: The student; its prompts, its card and its checkpointing of activations are set up as well.
-        store: The guide store.
+        stores: The guide stores by name.
         settings: Of the run.
         run: The run's folder.
         trackers: Those that the trainer starts itself.
     """
-    prompts = set_prompts(model, store.columns, settings.query_prompt, settings.document_prompt)
+    columns = max((store.columns for store in stores.values()), key=len)
+    prompts = set_prompts(model, columns, settings.query_prompt, settings.document_prompt)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
-    rows: dict[Split, Rows] = {"train": Rows(store, "train")}
-    shown = card_rows(store, rows["train"].numbers)
-    describe_data(model, shown, store.manifest.data.description, evaluated=settings.eval_steps > 0)
+    rows: dict[Split, MixedRows] = {"train": MixedRows(list(stores.values()), "train")}
     held_out, evaluator = None, None
     if settings.eval_steps:
-        rows["held_out"] = Rows(store, "held_out")
-        held_out = card_rows(store, rows["held_out"].numbers)
-        task = held_out_retrieval(store)
-        evaluator = retrieval_evaluator(task, batch_size=settings.batch_size, name=_EVALUATOR)
-    options: dict[str, Any] = {name: getattr(settings, name) for name in _LOSS_OPTIONS}
-    if settings.learn_temperature:
-        options["temperature"] = LearnedTemperature(settings.temperature, _lowest_temperature(settings))
-    form, collator = feed(
+        rows["held_out"] = MixedRows(list(stores.values()), "held_out")
+        held_out = card_rows(stores, "held_out")
+        evaluator = held_out_evaluator(stores, batch_size=settings.batch_size)
+    describe_data(model, stores, evaluated=settings.eval_steps > 0)
+    form, collators = feed(
         model,
-        store,
+        list(stores.values()),
         prompts,
         spare_folder=run.path,
         tokens_per_forward=settings.tokens_per_forward,
@@ -83,14 +77,14 @@ def make_trainer(
     )
     trainer = GuidedTrainer(
         model=model,
-        args=_arguments(settings, store, run, prompts, trackers, score_name(model, _EVALUATOR)),
+        args=_arguments(settings, stores, run, prompts, trackers, score_name(model)),
         rows=rows,
         form=form,
-        replay=_replay(model, settings, collator.passes) if settings.cached else None,
-        data_collator=collator,
-        train_dataset=shown,
+        losses=_losses(model, stores, settings),
+        replay=_replay(model, settings, collators[0].passes) if settings.cached else None,
+        data_collator=MixedCollator(collators),
+        train_dataset=card_rows(stores, "train"),
         eval_dataset=held_out,
-        loss=GISTLoss(model, store, **options),
         evaluator=evaluator,
         schedule=_schedule(settings),
     )
@@ -99,6 +93,25 @@ def make_trainer(
     if settings.keep_best:
         trainer.add_callback(KeepBest(settings.patience))
     return trainer
+
+
+def mixed_batches(stores: Stores, settings: TrainSettings) -> MixedBatches:
+    """How the rows of the stores are batched.
+
+    Raises:
+        ConfigError: When a store does not know the tasks of its rows.
+        DependencyError: When faiss is needed and not installed.
+    """
+    batches = (StoreBatches(store, settings.batching, clusters=settings.clusters) for store in stores.values())
+    return MixedBatches(tuple(batches), settings.mixing or "proportional")
+
+
+def _losses(model: SentenceTransformer, stores: Stores, settings: TrainSettings) -> dict[str, GISTLoss]:
+    """The loss of each store; a learned temperature is one weight of them all."""
+    options: dict[str, Any] = {name: getattr(settings, name) for name in _LOSS_OPTIONS}
+    if settings.learn_temperature:
+        options["temperature"] = LearnedTemperature(settings.temperature, _lowest_temperature(settings))
+    return {name: GISTLoss(model, store, **options) for name, store in stores.items()}
 
 
 def _replay(model: SentenceTransformer, settings: TrainSettings, passes: Passes) -> Replay:
@@ -123,7 +136,7 @@ def _lowest_temperature(settings: TrainSettings) -> float:
 
 def _arguments(
     settings: TrainSettings,
-    store: GuideStore,
+    stores: Stores,
     run: RunFolder,
     prompts: dict[str, str],
     trackers: Sequence[str],
@@ -137,7 +150,9 @@ def _arguments(
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
-        batch_sampler=StoreBatches(store, settings.batching, clusters=settings.clusters),
+        batch_sampler=cast(Any, mixed_batches(stores, settings)),
+        # For the card: `batch_sampler` mixes, too.
+        multi_dataset_batch_sampler=settings.mixing or "proportional",
         prompts=prompts,
         learning_rate=settings.learning_rate,
         learning_rate_mapping=dict(settings.learning_rates or {}),

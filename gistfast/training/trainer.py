@@ -1,7 +1,7 @@
-"""Sentence-transformers' trainer on rows that are numbers: tokens, texts and guide vectors come from the store.
+"""Sentence-transformers' trainer on rows that are numbers: tokens, texts and guide vectors come from the stores.
 
 A step embeds the set of distinct texts of its rows, puts the vectors back into columns and takes one loss. A text that
-comes twice in a batch is embedded once, with one draw of dropout.
+comes twice in a batch is embedded once, with one draw of dropout. The rows of a step are of one store.
 """
 
 from collections.abc import Mapping
@@ -20,23 +20,26 @@ from gistfast.losses.schedules import Schedule, ScheduledLoss
 from gistfast.students.input import InputForm, TextSet
 from gistfast.students.lora import has_lora, merged
 from gistfast.training.checkpoint import load_trained, save_trained
-from gistfast.training.collate import COUNTS, Batch, Rows, Split
+from gistfast.training.collate import COUNTS, Batch, MixedBatch, MixedRows, Split
+from gistfast.training.means import StepMeans
 from gistfast.training.step import Replay, embed, replayed_loss
 
 
 class GuidedTrainer(SentenceTransformerTrainer):
-    """The trainer on batches of `gistfast.training.collate.Collator`.
+    """The trainer on batches of `gistfast.training.collate.MixedCollator`.
 
     Each record of the log has the shares that the guide dropped ("dropped/ap", ...) and what a step embedded: tokens,
     the same with padding, texts of all columns, and distinct texts among them; with a replay also the texts embedded
     again and the relative length of the gradient that was left out. Temperature and margin are there where they change.
+    With several stores it has the loss of each that the steps took rows of ("loss/NAME").
     """
 
     def __init__(
         self,
         *,
-        rows: Mapping[Split, Rows],
+        rows: Mapping[Split, MixedRows],
         form: InputForm,
+        losses: Mapping[str, GISTLoss],
         schedule: Schedule,
         replay: Replay | None = None,
         **options: Any,
@@ -46,15 +49,23 @@ class GuidedTrainer(SentenceTransformerTrainer):
         Args:
             rows: Of the splits. `train_dataset` and `eval_dataset` are for the model card alone.
             form: What the student takes.
+            losses: Of each store by its name, in the order of the rows; they share student and weights of their own.
             schedule: Temperature and margin of each step.
             replay: How much of the gradient goes back by embedding again; None to keep the graphs of all passes.
-            **options: `data_collator` is a `Collator`, `loss` a `GISTLoss`.
+            **options: `data_collator` is a `MixedCollator`.
         """
-        super().__init__(**options)
+        first, *others = losses.values()
+        # The card names them all; the weights to be trained are the first one's as well as any other's.
+        loss: Any = dict(losses) if others else first
+        super().__init__(loss=loss, **options)
+        self.loss: Any = first
+        self.losses = losses
         self.rows = rows
+        self.eval_dataset = rows.get("held_out")
         self.form = form
         self.replay = replay
-        self.scheduled = ScheduledLoss(self._loss_module, schedule)
+        self.scheduled = ScheduledLoss([first, *others], schedule)
+        self._means = {"train": StepMeans(), "eval": StepMeans()}
         self.add_callback(self.scheduled)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -67,7 +78,7 @@ class GuidedTrainer(SentenceTransformerTrainer):
         self.accelerator.even_batches = True
         return self._loader(self.rows["held_out"], self.args.eval_batch_size)
 
-    def _loader(self, rows: Rows, batch_size: int) -> DataLoader[Any]:
+    def _loader(self, rows: MixedRows, batch_size: int) -> DataLoader[Any]:
         sampler = self.get_batch_sampler(
             rows, batch_size=batch_size, drop_last=self.args.dataloader_drop_last, seed=self.args.seed
         )
@@ -84,34 +95,41 @@ class GuidedTrainer(SentenceTransformerTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         """The loss of a batch; what the guide dropped and what was embedded join the record that is logged next."""
-        batch = cast(Batch, inputs)
-        texts, loss_of = TextSet(**batch["texts"]), partial(self._contrast, batch)
+        batch = cast(MixedBatch, inputs)
+        name, loss_module = list(self.losses.items())[batch["store"]]
+        texts, loss_of = TextSet(**batch["texts"]), partial(self._contrast, loss_module, batch)
         counts = dict(zip(COUNTS, batch["counts"], strict=True)) if self.model.training else {}
         if self.replay is None or not torch.is_grad_enabled():
             loss = loss_of(embed(model, self.form, texts))
         else:
-            learned = self._loss_module.learned_temperature
+            learned = loss_module.learned_temperature
             own_weights = [] if learned is None else [learned.log]
             loss, replayed = replayed_loss(model, self.form, texts, loss_of, self.replay, own_weights)
             counts |= replayed
-        dropped = {f"dropped/{block}": share for block, share in self._loss_module.last_stats.items()}
-        self.track_loss_components(dropped | counts)
+        counts |= {f"dropped/{block}": share for block, share in loss_module.last_stats.items()}
+        if len(self.losses) > 1:
+            counts[f"loss/{name}"] = loss
+        self._means["train" if self.model.training else "eval"].add(counts)
         return (loss, {}) if return_outputs else loss
 
     @property
     def _loss_module(self) -> GISTLoss:
         return cast(GISTLoss, self.loss)
 
-    def _contrast(self, batch: Batch, vectors: Tensor) -> Tensor:
+    def _contrast(self, loss: GISTLoss, batch: Batch, vectors: Tensor) -> Tensor:
         """The loss from the vectors (N, D) of the distinct texts."""
         places, identity = batch["places"].T, batch["identity"].T
         # As an embedding, because the gradient of one adds up in the same order each time, on every device.
         columns = functional.embedding(places, vectors)
-        return self._loss_module.contrast(columns.unbind(), batch["guide"][places].unbind(), identity.unbind())
+        return loss.contrast(columns.unbind(), batch["guide"][places].unbind(), identity.unbind())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a record, that of a step with the options of the loss that change."""
-        super().log({**logs, **self.scheduled.options()} if "loss" in logs else logs, start_time)
+        """Log a record: of steps with what was counted and the options of the loss that change."""
+        if "loss" in logs:
+            logs = {**logs, **self.scheduled.options(), **self._means["train"].take()}
+        elif "eval_loss" in logs:
+            logs = {**logs, **{f"eval_{name}": mean for name, mean in self._means["eval"].take().items()}}
+        super().log(logs, start_time)
 
     def load_weights(self, checkpoint: Path) -> None:
         """Take the weights of the student and of the loss over from a checkpoint, to the last bit."""

@@ -1,0 +1,34 @@
+"""Means of what steps count, over the steps since they were last taken."""
+
+from collections.abc import Mapping
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+
+class StepMeans:
+    """Means of named values, each over the steps that have it, which need not be all."""
+
+    def __init__(self) -> None:
+        """Begin with no step."""
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add the values of a step, scalar tensors."""
+        for name, value in values.items():
+            value = value.detach().float()
+            # Of the value and of the steps; nothing waits for the device.
+            entry = torch.stack([value, torch.ones_like(value)])
+            self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
+    def take(self) -> dict[str, float]:
+        """The means over the steps of all processes, which must ask together; none is left."""
+        own = dict(zip(self._sums, torch.stack(list(self._sums.values())).tolist(), strict=True)) if self._sums else {}
+        self._sums = {}
+        totals: dict[str, tuple[float, float]] = {}
+        for sums in gather_object([own]):
+            for name, (value, steps) in sums.items():
+                before = totals.get(name, (0.0, 0.0))
+                totals[name] = (before[0] + value, before[1] + steps)
+        return {name: round(value / steps, 4) for name, (value, steps) in totals.items()}

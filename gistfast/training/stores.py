@@ -1,0 +1,71 @@
+"""The guide stores of a run: opened, named, and refused where the run cannot use them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+from gistfast.errors import ConfigError
+from gistfast.store import GuideStore
+from gistfast.store.export import check_negatives
+
+logger = logging.getLogger(__name__)
+
+Stores = Mapping[str, GuideStore]
+
+
+def open_stores(paths: Sequence[str]) -> Stores:
+    """The stores by their names, in the order of their paths.
+
+    Raises:
+        ConfigError: When two are one.
+        StoreError: When one is not there or not complete.
+    """
+    stores = [GuideStore.open(path) for path in paths]
+    for one, other in combinations(stores, 2):
+        if one.fingerprint == other.fingerprint:
+            raise ConfigError(f"{one.path} and {other.path} hold the same rows and guide vectors: give one of them")
+    return dict(zip(short_names([store.path for store in stores]), stores, strict=True))
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as it takes for no two to be the same: mostly the folder's name."""
+    parts = [path.resolve().parts for path in paths]
+    names = ["/".join(own) for own in parts]
+    for count in range(max(map(len, parts)), 0, -1):
+        shorter = ["/".join(own[-count:]) for own in parts]
+        if len(set(shorter)) == len(shorter):
+            names = shorter
+    return names
+
+
+def check_stores(stores: Stores, *, batch_size: int, mined_negatives: int, evaluate: bool) -> None:
+    """Refuse stores that have too little for the run; say which are not evaluated.
+
+    Raises:
+        ConfigError: When one has fewer rows than a batch or fewer mined negatives than asked for, or none has rows to
+            evaluate.
+        StoreError: When one has no mined negatives.
+    """
+    for store in stores.values():
+        if batch_size > (num_rows := num_train_rows(store)):
+            raise ConfigError(
+                f"--batch-size {batch_size} is larger than the data: "
+                f"{store.path} has {num_rows} rows to train on: give {num_rows} or less"
+            )
+        if mined_negatives:
+            check_negatives(store, mined_negatives)
+    if evaluate:
+        without = [str(store.path) for store in stores.values() if not store.held_out.any()]
+        if len(without) == len(stores):
+            have = "has" if len(without) == 1 else "have"
+            raise ConfigError(
+                f"--eval-steps needs held-out rows, {' and '.join(without)} {have} none: make the store with --holdout"
+            )
+        for path in without:
+            logger.info("%s has no held-out rows: it is not evaluated", path)
+
+
+def num_train_rows(store: GuideStore) -> int:
+    """Rows that are not held out."""
+    return int(store.num_rows - store.held_out.sum())
