@@ -325,3 +325,16 @@ def test_means_are_over_the_steps_that_have_a_value() -> None:
     assert means.take() == {"one": 1.5, "two": 4.0}
     means.add({"two": torch.tensor(1.0)})
     assert means.take() == {"two": 1.0}
+
+
+def test_means_are_over_the_steps_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(found: list[Any], own: dict[str, Any]) -> None:
+        # The other process has had two steps, and no value of "one".
+        found[:] = [own, {"two": [6.0, 2.0]}]
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    means = StepMeans()
+    means.add({"one": torch.tensor(1.0), "two": torch.tensor(3.0)})
+    assert means.take() == {"one": 1.0, "two": 3.0}

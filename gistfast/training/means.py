@@ -1,10 +1,10 @@
 """Means of what steps count, over the steps since they were last taken."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 class StepMeans:
@@ -27,8 +27,17 @@ class StepMeans:
         own = dict(zip(self._sums, torch.stack(list(self._sums.values())).tolist(), strict=True)) if self._sums else {}
         self._sums = {}
         totals: dict[str, tuple[float, float]] = {}
-        for sums in gather_object([own]):
+        for sums in _of_all_processes(own):
             for name, (value, steps) in sums.items():
                 before = totals.get(name, (0.0, 0.0))
                 totals[name] = (before[0] + value, before[1] + steps)
         return {name: round(value / steps, 4) for name, (value, steps) in totals.items()}
+
+
+def _of_all_processes(own: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each process has; not all have the same names."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [own]
+    found: list[dict[str, Any]] = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(found, own)
+    return found
