@@ -12,6 +12,7 @@ from rich.text import Text
 
 from gistfast.cli.options import command, command_class, errors_in_one_line
 from gistfast.cli.store import app as store_app
+from gistfast.launch import rank
 from gistfast.progress import console
 from gistfast.settings.base import Settings
 from gistfast.settings.stages import (
@@ -53,8 +54,10 @@ def _precompute(settings: PrecomputeSettings) -> None:
 
 def _train(settings: TrainSettings) -> None:
     from gistfast.stages.train import train
+    from gistfast.training.ranks import leave
 
     train(**to_dict(settings))
+    leave()
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
@@ -118,11 +121,14 @@ class ConsoleHandler(logging.Handler):
 
 
 def configure_logging() -> None:
-    """What gistfast says from information upwards, what others say from warnings upwards."""
+    """What gistfast says from information upwards, what others say from warnings upwards.
+
+    Of several processes of a run the first alone gives information.
+    """
     handler = ConsoleHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    logging.getLogger("gistfast").setLevel(logging.INFO)
+    logging.getLogger("gistfast").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
 
 
 def main() -> None:

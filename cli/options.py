@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from gistfast.errors import ConfigError, GistfastError
+from gistfast.launch import alike, rank
 from gistfast.progress import console
 from gistfast.settings.base import Settings, build, flag_of
 from gistfast.settings.file import read_settings_file
@@ -27,9 +28,11 @@ def command(settings_class: type[S], run: Callable[[S], None]) -> Callable[..., 
 
     def call(context: typer.Context, config: Path | None, **values: Any) -> None:
         with errors_in_one_line(settings_class.when_stopped):
-            from_file = {} if config is None else read_settings_file(config)
             typed = {name: value for name, value in values.items() if _was_typed(context, name)}
-            run(build(settings_class, from_file | typed))
+            with alike():
+                from_file = {} if config is None else read_settings_file(config)
+                settings = build(settings_class, from_file | typed)
+            run(settings)
 
     parameters = [_CONTEXT, *(_parameter(item, hints[item.name]) for item in fields(settings_class)), _CONFIG]
     call.__doc__ = settings_class.about
@@ -79,10 +82,14 @@ def errors_in_one_line(when_stopped: str = Settings.when_stopped) -> Iterator[No
     try:
         yield
     except GistfastError as error:
-        _say(str(error))
+        if error.said_elsewhere:
+            # torchrun ends the run, with what the process says that failed.
+            raise typer.Exit(0) from None
+        _say(str(error) if rank() == 0 else f"process {rank()}: {error}")
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
     except KeyboardInterrupt:
-        _say(when_stopped)
+        if rank() == 0:
+            _say(when_stopped)
         raise typer.Exit(130) from None
 
 

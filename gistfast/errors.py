@@ -13,7 +13,13 @@ GistfastError
 
 
 class GistfastError(Exception):
-    """Anything that gistfast refuses, said in one line."""
+    """Anything that gistfast refuses, said in one line.
+
+    Attributes:
+        said_elsewhere: Whether the user hears it from another process of the run.
+    """
+
+    said_elsewhere = False
 
 
 class ConfigError(GistfastError, ValueError):

@@ -435,15 +435,23 @@ def test_tasks_too_small_for_a_step_are_named(
 
 
 def test_held_out_rows_are_always_drawn_at_random(store: GuideStore) -> None:
-    made = StoreBatches(store, "cluster", clusters=4)
+    made = StoreBatches(store, "cluster", clusters=4, processes=2)
     assert type(made(store.to_dataset("held_out"), 4, False)) is EvenBatchSampler
-    assert type(made(store.to_dataset("train"), 4, False)) is ClusterBatchSampler
+    assert type(made(store.to_dataset("train"), 4, True)) is ClusterBatchSampler
 
 
+@pytest.mark.parametrize("processes", [1, 3])
 @pytest.mark.parametrize("batching", ["random", "length", "cluster"])
-def test_announced_batches_are_those_of_an_epoch(store: GuideStore, batching: Any) -> None:
-    made = StoreBatches(store, batching)
-    assert made.num_batches(7) == len(made(store.to_dataset("train"), 7, False))
+def test_announced_batches_are_those_of_an_epoch(store: GuideStore, batching: Any, processes: int) -> None:
+    made = StoreBatches(store, batching, processes=processes)
+    sampler = made(store.to_dataset("train"), 7, processes > 1)
+    assert made.num_batches(7) == len(sampler) / processes == len(list(sampler)) / processes
+
+
+def test_announced_batches_of_tasks_are_those_of_an_epoch(make_store: Callable[..., GuideStore]) -> None:
+    store = make_store(TEXTS, tasks=TASKS)
+    made = StoreBatches(store, "task", processes=2)
+    assert made.num_batches(6) == len(list(made(store.to_dataset("train"), 6, True))) / 2 == 3
 
 
 def test_comparison_counts_what_the_guide_drops(store: GuideStore) -> None:

@@ -55,7 +55,8 @@ def test_imports_point_from_cli_to_package_to_kernels() -> None:
         if folder == "kernels":
             allowed = ("gistfast.kernels", "gistfast.errors")
             assert all(name.startswith(allowed) for name in ours), path
-        if folder == "gistfast":
+        # What `python -m gistfast` runs is the command.
+        if folder == "gistfast" and path.name != "__main__.py":
             assert not any(name.startswith("gistfast.cli") for name in ours), path
 
 

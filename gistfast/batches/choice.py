@@ -84,7 +84,10 @@ class StoreBatches:
             StoreError: When the clusters cannot be written.
         """
         given = (dataset, batch_size, drop_last, valid_label_columns, generator, seed)
-        if self.batching == "random" or getattr(dataset, "split", None) == "held_out":
+        if getattr(dataset, "split", None) == "held_out":
+            # Processes share no candidates when they evaluate.
+            return EvenBatchSampler(*given)
+        if self.batching == "random":
             return EvenBatchSampler(*given, processes=self.processes)
         if self.batching == "length":
             return LengthBatchSampler(*given, keys=row_lengths(self.store), processes=self.processes)
@@ -98,11 +101,12 @@ class StoreBatches:
         return ClusterBatchSampler(*given, keys=places, processes=self.processes)
 
     def num_batches(self, batch_size: int) -> int:
-        """Batches in an epoch of the store's training rows, for one process."""
+        """Batches of each process in an epoch of the store's training rows; several processes have full ones alone."""
+        rows_of_step, drop_last = batch_size * self.processes, self.processes > 1
         if self.batching == "task":
-            starts, _ = cut(np.bincount(self._tasks()), batch_size, drop_last=False)
+            starts, _ = cut(np.bincount(self._tasks()), rows_of_step, drop_last=drop_last)
             return len(starts)
-        return num_batches(int(np.count_nonzero(~self.store.held_out)), batch_size)
+        return num_batches(int(np.count_nonzero(~self.store.held_out)), rows_of_step, drop_last=drop_last)
 
     def _tasks(self) -> Array:
         """The number of each training row's task, (R,) int32; 0 for rows without one, who are a task together."""

@@ -90,7 +90,7 @@ class MixedBatches:
         return MIXERS[mixing](dataset, samplers, generator, seed)
 
     def num_batches(self, batch_size: int) -> tuple[int, ...]:
-        """Batches of each store in an epoch, for one process."""
+        """Batches of each store in an epoch, of each process."""
         counts = tuple(batches.num_batches(batch_size) for batches in self.of_stores)
         return counts if self.mixing == "proportional" else (min(counts),) * len(counts)
 

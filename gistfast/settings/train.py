@@ -77,7 +77,9 @@ class TrainSettings(Settings):
 
     epochs: float = setting(1.0, "Passes over the rows.", above=0)
     max_steps: int | None = setting(None, "Steps to take, in place of --epochs.", at_least=1)
-    batch_size: int = setting(64, "Rows of a step.", at_least=2)
+    batch_size: int = setting(
+        64, "Rows of a step; of each process, where torchrun starts several, and the step has them all.", at_least=2
+    )
     batching: Literal["random", "length", "task", "cluster"] = setting(
         "random", "Which rows meet in a batch: any, or those of similar length, of one task, of one cluster."
     )

@@ -1,27 +1,23 @@
 """Stage 2: from a guide store to a trained student, through sentence-transformers' trainer."""
 
-import errno
 import logging
 import math
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback, TrainerState
 
-from gistfast.errors import GistfastError
-from gistfast.models.pretrained import no_weight_bar
+from gistfast.launch import alike
+from gistfast.models.pretrained import no_weight_bar, pick_device
 from gistfast.settings.stages import TrainSettings, build
 from gistfast.store.files import write_json
 from gistfast.students.lora import Lora, has_lora, merged, save_adapter
-from gistfast.students.student import check_learning_rates, load_student
+from gistfast.students.student import check_learning_rates, checkpoint_activations, load_student
 from gistfast.training.best import best_step, out_of_patience
 from gistfast.training.callbacks import (
     MetricsFile,
@@ -32,10 +28,11 @@ from gistfast.training.callbacks import (
 )
 from gistfast.training.hub_upload import UploadCheckpoints, check_hub, uploads_to
 from gistfast.training.modelcard import add_section, guide_section
+from gistfast.training.ranks import Ranks, join, left_in_one_line, without_their_warnings
 from gistfast.training.report import TrainReport, train_report
-from gistfast.training.run_folder import RunFolder, run_record, step_of
+from gistfast.training.run_folder import RunFolder, check_same_run, one_line_when_full, run_record, step_of
 from gistfast.training.run_picture import draw_run
-from gistfast.training.setup import make_trainer, mixed_batches
+from gistfast.training.setup import check_steps, make_trainer, mixed_batches
 from gistfast.training.stores import Stores, check_stores, num_train_rows, open_stores
 from gistfast.training.trainer import GuidedTrainer
 
@@ -65,35 +62,29 @@ def train(
         KeyboardInterrupt: After Ctrl-C.
     """
     begun_s = time.monotonic()
-    settings = build(TrainSettings, {**options, "store": store, "student": student, "out": out})
-    stores = open_stores(settings.store)
-    check_stores(
-        stores,
-        batch_size=settings.batch_size,
-        mined_negatives=settings.mined_negatives,
-        evaluate=settings.eval_steps > 0,
-    )
-    # Made here to be refused here: a store without tasks, clusters without faiss.
-    mixed_batches(stores, settings)
+    with alike():
+        settings = build(TrainSettings, {**options, "store": store, "student": student, "out": out})
+        ranks = join(pick_device(settings.device))
     run = RunFolder(Path(settings.out).expanduser())
-    if settings.resume and len(names := run.store_names()) == len(stores):
-        # As its log calls them, wherever they lie now.
-        stores = dict(zip(names, stores.values(), strict=True))
-    record = run_record(settings, {name: store.manifest for name, store in stores.items()})
-    run.check(record, resume=settings.resume, overwrite=settings.overwrite)
+    with ranks.together():
+        stores = _stores(settings, run, ranks.count)
+        record = run_record(settings, {name: store.manifest for name, store in stores.items()}, ranks.count)
+        run.check(record, resume=settings.resume, overwrite=settings.overwrite)
     if settings.resume and (finished := run.finished()) is not None:
         logger.info("%s is complete: nothing to resume", run.path)
         return TrainReport(**finished | {"path": run.path})
-    trackers = choose_trackers(settings.trackers)
-    if settings.push_to_hub is not None:
-        check_hub(settings.push_to_hub)
-    model = _load(settings)
-    own_weights = ["learned_temperature.log"] if settings.learn_temperature else []
-    check_learning_rates(settings.learning_rates or {}, model, own_weights)
-    run.begin(record, overwrite=settings.overwrite)
-    with _one_line_when_full(run.path), uploads_to(settings.push_to_hub) as upload:
+    records = ranks.gather(record)
+    with ranks.together():
+        check_same_run(records)
+        trackers = choose_trackers(settings.trackers) if ranks.first else ()
+        if settings.push_to_hub is not None:
+            check_hub(settings.push_to_hub)
+        model = _load(settings)
+    _begin(run, record, ranks, overwrite=settings.overwrite)
+    upload_to = settings.push_to_hub if ranks.first else None
+    with one_line_when_full(run.path), left_in_one_line(), uploads_to(upload_to) as upload:
         more = [] if upload is None else [UploadCheckpoints(upload, run)]
-        history = _fit(model, stores, settings, run, trackers, more)
+        history = _fit(model, stores, settings, run, trackers, more, ranks)
         best = best_step(history) if settings.keep_best else None
         report = train_report(
             run.path,
@@ -102,14 +93,44 @@ def train(
             num_rows={name: num_train_rows(store) for name, store in stores.items()},
             elapsed_s=time.monotonic() - begun_s,
         )
-        _save(model, stores, settings, run, report)
+        if ranks.first:
+            _save(model, stores, settings, run, report, ranks.count)
         if upload is not None:
             upload.offer(run.path, f"trained student, {report.steps} steps")
+        ranks.gather("saved")
     return report
 
 
+def _stores(settings: TrainSettings, run: RunFolder, processes: int) -> Stores:
+    """The stores, which have what the run needs, by the names that a run to be resumed calls them."""
+    stores = open_stores(settings.store)
+    check_stores(
+        stores,
+        batch_size=settings.batch_size,
+        mined_negatives=settings.mined_negatives,
+        evaluate=settings.eval_steps > 0,
+        processes=processes,
+    )
+    # Made here to be refused here: a store without tasks, clusters without faiss.
+    check_steps(mixed_batches(stores, settings, processes), settings.batch_size)
+    if settings.resume and len(names := run.store_names()) == len(stores):
+        # As its log calls them, wherever they lie now.
+        stores = dict(zip(names, stores.values(), strict=True))
+    return stores
+
+
+def _begin(run: RunFolder, record: dict[str, Any], ranks: Ranks, *, overwrite: bool) -> None:
+    """Let the first process make the run's folder, where the others must see it."""
+    with ranks.together():
+        if ranks.first:
+            run.begin(record, overwrite=overwrite)
+    with ranks.together():
+        run.check_seen()
+
+
 def _load(settings: TrainSettings) -> SentenceTransformer:
-    return load_student(
+    """The student, with all that the settings ask of it."""
+    model = load_student(
         settings.student,
         keep_layers=settings.keep_layers,
         pooling=settings.pooling,
@@ -124,6 +145,11 @@ def _load(settings: TrainSettings) -> SentenceTransformer:
         trust_remote_code=settings.trust_remote_code,
         device=settings.device,
     )
+    if settings.gradient_checkpointing:
+        checkpoint_activations(model)
+    own_weights = ["learned_temperature.log"] if settings.learn_temperature else []
+    check_learning_rates(settings.learning_rates or {}, model, own_weights)
+    return model
 
 
 def _lora(settings: TrainSettings) -> Lora | None:
@@ -139,6 +165,7 @@ def _fit(
     run: RunFolder,
     trackers: Sequence[str],
     callbacks: Sequence[TrainerCallback],
+    ranks: Ranks,
 ) -> list[dict[str, Any]]:
     """Train, from the last checkpoint if there is one; returns the trainer's log.
 
@@ -146,9 +173,9 @@ def _fit(
         KeyboardInterrupt: After Ctrl-C, when a checkpoint was saved.
     """
     checkpoint = run.last_checkpoint()
-    _say_how_it_begins(stores, settings, checkpoint)
+    _say_how_it_begins(stores, settings, checkpoint, ranks.count)
     # TensorBoard gets a folder of ours and the step of the checkpoint; the trainer starts the others itself.
-    trainer = make_trainer(model, stores, settings, run, [name for name in trackers if name != "tensorboard"])
+    trainer = make_trainer(model, stores, settings, run, [name for name in trackers if name != "tensorboard"], ranks)
     if checkpoint is not None and (past := _past_its_end(checkpoint, settings.patience)) is not None:
         history, ends_with = past.log_history, checkpoint
     else:
@@ -156,7 +183,7 @@ def _fit(
             trainer.add_callback(callback)
         if "tensorboard" in trackers:
             trainer.add_callback(tensorboard_callback(run.tensorboard, step_of(checkpoint)))
-        history, ends_with = _take_steps(trainer, run, checkpoint), None
+        history, ends_with = _take_steps(trainer, run, checkpoint, ranks), None
     if settings.keep_best and (best := best_step(history)) is not None:
         logger.info("the best student is that of step %d", best)
         ends_with = run.checkpoint_of(best)
@@ -167,18 +194,20 @@ def _fit(
     return history
 
 
-def _take_steps(trainer: GuidedTrainer, run: RunFolder, checkpoint: Path | None) -> list[dict[str, Any]]:
+def _take_steps(trainer: GuidedTrainer, run: RunFolder, checkpoint: Path | None, ranks: Ranks) -> list[dict[str, Any]]:
     """Train from a checkpoint or from the beginning; returns the trainer's log.
 
     Raises:
         KeyboardInterrupt: After Ctrl-C, when a checkpoint was saved.
     """
     trainer.add_callback(MetricsFile(run.metrics))
-    with StepProgress() as bar, StopOnInterrupt() as stop, no_weight_bar():
+    with StepProgress() as bar, StopOnInterrupt(ranks) as stop, no_weight_bar(), without_their_warnings():
         trainer.add_callback(bar)
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+        # torchrun ends all processes with the first that leaves: not before the checkpoint is whole.
+        ranks.gather("trained")
+    if stop.stopped:
         raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}")
     return trainer.state.log_history
 
@@ -189,10 +218,13 @@ def _past_its_end(checkpoint: Path, patience: int | None) -> TrainerState | None
     return state if state.global_step >= state.max_steps or out_of_patience(state.log_history, patience) else None
 
 
-def _say_how_it_begins(stores: Stores, settings: TrainSettings, checkpoint: Path | None) -> None:
+def _say_how_it_begins(stores: Stores, settings: TrainSettings, checkpoint: Path | None, processes: int) -> None:
     rows = {name: num_train_rows(store) for name, store in stores.items()}
-    mixed = mixed_batches(stores, settings)
+    mixed = mixed_batches(stores, settings, processes)
     counts = mixed.num_batches(settings.batch_size)
+    if processes > 1:
+        rows_of_step = f"{processes} x {settings.batch_size} rows"
+        logger.info("%d processes: a step is %s, all of them candidates", processes, rows_of_step)
     if len(stores) > 1:
         for name, count, batches in zip(stores, counts, mixed.of_stores, strict=True):
             all_batches = batches.num_batches(settings.batch_size)
@@ -201,7 +233,7 @@ def _say_how_it_begins(stores: Stores, settings: TrainSettings, checkpoint: Path
         "%d rows, %d batches of up to %d an epoch, %d steps",
         sum(rows.values()),
         sum(counts),
-        settings.batch_size,
+        settings.batch_size * processes,
         settings.max_steps or math.ceil(sum(counts) * settings.epochs),
     )
     if checkpoint is not None:
@@ -216,6 +248,7 @@ def _save(
     settings: TrainSettings,
     run: RunFolder,
     report: TrainReport,
+    processes: int,
 ) -> None:
     """Save the student, its card, and last of all the report, which says that the run is complete."""
     with no_weight_bar(), merged(model):
@@ -223,7 +256,8 @@ def _save(
     if has_lora(model) and settings.keep_layers is None:
         save_adapter(model, run.adapter, settings.student)
     manifests = {name: store.manifest for name, store in stores.items()}
-    add_section(run.path / "README.md", guide_section(manifests, settings, report.dropped, report.best_step))
+    section = guide_section(manifests, settings, report.dropped, report.best_step, processes=processes)
+    add_section(run.path / "README.md", section)
     if settings.picture:
         _draw(run)
     write_json(run.report_path, asdict(report) | {"path": str(report.path)})
@@ -235,17 +269,3 @@ def _draw(run: RunFolder) -> None:
         logger.info("matplotlib is not installed: no picture of the run (`pip install gistfast[plot]`)")
     else:
         draw_run(run.metrics, run.picture)
-
-
-@contextmanager
-def _one_line_when_full(folder: Path) -> Iterator[None]:
-    """Say in one line that the disk is full, whoever noticed: each library has its own error for it."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not full and shutil.disk_usage(folder).free >= 1 << 20:
-            raise
-        raise GistfastError(
-            f"the disk of {folder} is full: make room, then go on from the last checkpoint with --resume"
-        ) from error

@@ -27,6 +27,7 @@ from gistfast.process_memory import memory_mib
 from gistfast.settings.stages import TrainSettings, build
 from gistfast.store import GuideStore
 from gistfast.students.student import load_student
+from gistfast.training.ranks import Ranks
 from gistfast.training.run_folder import RunFolder
 from gistfast.training.setup import make_trainer
 from gistfast.training.stores import open_stores
@@ -162,7 +163,7 @@ def _own_trainer(task: Task) -> Trainer:
     options = {"store": task.store, "student": task.student, "out": task.folder, "batch_size": task.batch_size}
     settings = build(TrainSettings, {**options, **OURS[task.contender], "epochs": 1000.0, "save_steps": 0})
     model = load_student(str(task.student), max_length=task.max_length, dropout=0.0, device="cpu")
-    return make_trainer(model, open_stores(settings.store), settings, RunFolder(task.folder), [])
+    return make_trainer(model, open_stores(settings.store), settings, RunFolder(task.folder), [], Ranks())
 
 
 def _peer(task: Task, num_steps: int = -1) -> Trainer:

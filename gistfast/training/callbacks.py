@@ -4,7 +4,7 @@ import json
 import logging
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +16,12 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from gistfast.errors import DependencyError
 from gistfast.progress import Bar, progress
+from gistfast.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
+
+# Of a terminal, and of torchrun and cluster schedulers that end a run.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _TRACKER_PACKAGES = {"tensorboard": "gistfast[trackers]", "wandb": "wandb", "trackio": "trackio"}
 
@@ -118,36 +122,43 @@ class StepProgress(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Turns the first Ctrl-C into a checkpoint after the step, the second into an interrupt; a context.
+    """Turns the first Ctrl-C, or SIGTERM, into a checkpoint after the step, the second into an interrupt; a context.
+
+    Of several processes all stop after the same step, whichever was asked to.
 
     Attributes:
-        asked: Whether Ctrl-C was pressed.
+        stopped: Whether the run was stopped before its end.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: Callable[[int, FrameType | None], Any] | int | None = None
+    def __init__(self, ranks: Ranks) -> None:
+        self.stopped = False
+        self._ranks = ranks
+        self._asked = False
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         # Signals can be handled in the main thread alone; elsewhere Ctrl-C is the caller's affair.
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._ask)
+            self._previous = {number: signal.signal(number, self._ask) for number in _STOP_SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, previous in self._previous.items():
+            # None was not set by Python, which cannot set it again.
+            if previous is not None:
+                signal.signal(number, previous)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self._asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self._asked = True
         logger.info("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop when asked to."""
-        if self.asked:
+        if self._ranks.any(self._asked):
+            self.stopped = state.global_step < state.max_steps
             control.should_save = True
             control.should_training_stop = True

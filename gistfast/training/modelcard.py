@@ -81,6 +81,8 @@ def guide_section(
     settings: TrainSettings,
     dropped: Mapping[str, float],
     best_step: int | None = None,
+    *,
+    processes: int = 1,
 ) -> str:
     """The section of the card, in Markdown.
 
@@ -89,8 +91,11 @@ def guide_section(
         settings: Of the run.
         dropped: Mean share of the candidates dropped in each block.
         best_step: The step whose student was kept, None for the last.
+        processes: Of the run.
     """
     facts = {f"Dropped, {_BLOCKS[block]}": f"{share:.2%} of the candidates" for block, share in dropped.items()}
+    if processes > 1:
+        facts["Steps"] = f"those of {processes} processes with {settings.batch_size} rows each, all of them candidates"
     settings_shown = _settings_that_matter(settings)
     facts["Student"] = ", ".join([f"began as `{settings_shown['student']}`", *_shape(settings)])
     if best_step is not None:

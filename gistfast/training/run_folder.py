@@ -1,7 +1,7 @@
 """The folder of a training run: what the run was made from, its checkpoints, its end.
 
 OUT/
-  gistfast.json       settings, and the fingerprint of each store
+  gistfast.json       settings, number of processes, and the fingerprint of each store
   metrics.jsonl       one record for each logged step and evaluation
   tensorboard/        the same for TensorBoard
   checkpoints/        checkpoint-N: all that a run needs to go on after step N
@@ -11,14 +11,18 @@ OUT/
   (model files)       SentenceTransformer(OUT) loads them
 """
 
+import errno
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gistfast.errors import ConfigError
+from safetensors import SafetensorError
+
+from gistfast.errors import ConfigError, GistfastError
 from gistfast.settings.stages import TrainSettings, to_dict
 from gistfast.store.files import write_json
 
@@ -118,6 +122,17 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.record_path, record)
 
+    def check_seen(self) -> None:
+        """Refuse a folder in which the record that another process wrote is not to be seen.
+
+        Raises:
+            ConfigError: When it is not.
+        """
+        if not self.record_path.is_file():
+            raise ConfigError(
+                f"--out {self.path}: what the first process wrote there is not seen: give a shared folder"
+            )
+
     def checkpoint_of(self, step: int) -> Path:
         """Where the checkpoint after a step lies."""
         return self.checkpoints / f"checkpoint-{step}"
@@ -145,8 +160,11 @@ def step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
-def run_record(settings: TrainSettings, manifests: Mapping[str, "Manifest"]) -> dict[str, Any]:
-    """What a run is made from, as JSON knows it: settings, and fingerprint, guides and data of each store by name."""
+def run_record(settings: TrainSettings, manifests: Mapping[str, "Manifest"], processes: int) -> dict[str, Any]:
+    """What a run is made from, as JSON knows it.
+
+    Settings, the number of processes, and fingerprint, guides and data of each store by name.
+    """
     stores: list[dict[str, Any]] = [
         {
             "name": name,
@@ -156,7 +174,19 @@ def run_record(settings: TrainSettings, manifests: Mapping[str, "Manifest"]) -> 
         }
         for name, manifest in manifests.items()
     ]
-    return {"settings": to_dict(settings), "store": stores[0] if len(stores) == 1 else stores}
+    store = stores[0] if len(stores) == 1 else stores
+    return {"settings": to_dict(settings), "processes": processes, "store": store}
+
+
+def check_same_run(records: Sequence[dict[str, Any]]) -> None:
+    """Refuse processes that were started for different runs, by the record that each of them makes.
+
+    Raises:
+        ConfigError: With the first difference.
+    """
+    for number, record in enumerate(records):
+        if difference := _difference(records[0], record):
+            raise ConfigError(f"process {number} was started otherwise than the first one: {difference}")
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
@@ -165,6 +195,9 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
         before = found["settings"].get(name)
         if name not in FREE_SETTINGS and before != value:
             return f"--{name.replace('_', '-')} was {before}, found {value}"
+    # Earlier records are of one process.
+    if (before := found.get("processes", 1)) != wanted["processes"]:
+        return f"its steps were those of {before} process{'es' * (before > 1)}, found {wanted['processes']}"
     before, after = (" and ".join(_fingerprints(record)) for record in (found, wanted))
     return None if before == after else f"the store had fingerprint {before}, found {after}"
 
@@ -172,3 +205,21 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
 def _fingerprints(record: dict[str, Any]) -> list[str]:
     stores = record["store"]
     return [store["fingerprint"] for store in (stores if isinstance(stores, list) else [stores])]
+
+
+@contextmanager
+def one_line_when_full(folder: Path) -> Iterator[None]:
+    """Say in one line that the disk is full, whoever noticed: each library has its own error for it.
+
+    Raises:
+        GistfastError: When it is.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not full and shutil.disk_usage(folder).free >= 1 << 20:
+            raise
+        raise GistfastError(
+            f"the disk of {folder} is full: make room, then go on from the last checkpoint with --resume"
+        ) from error

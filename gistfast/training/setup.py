@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
@@ -10,17 +11,18 @@ from torch import nn
 from transformers import PrinterCallback
 
 from gistfast.batches import MixedBatches, StoreBatches
+from gistfast.errors import ConfigError
 from gistfast.evaluation.retrieval import held_out_evaluator
 from gistfast.losses.gist_loss import GISTLoss
 from gistfast.losses.schedules import LOWEST_TEMPERATURE, LearnedTemperature, Schedule
 from gistfast.models.pretrained import pick_device
 from gistfast.settings.stages import TrainSettings
-from gistfast.students.student import checkpoint_activations
 from gistfast.training.best import KeepBest, score_name
 from gistfast.training.collate import MixedCollator, MixedRows, Split
 from gistfast.training.feed import feed, set_prompts
 from gistfast.training.modelcard import card_rows, describe_data
 from gistfast.training.passes import Passes
+from gistfast.training.ranks import Ranks
 from gistfast.training.run_folder import RunFolder
 from gistfast.training.step import Replay
 from gistfast.training.stores import Stores
@@ -45,20 +47,25 @@ def make_trainer(
     settings: TrainSettings,
     run: RunFolder,
     trackers: Sequence[str],
+    ranks: Ranks,
 ) -> GuidedTrainer:
     """A trainer of the student on the stores' training rows, ready to train.
 
     Args:
-        model: The student; its prompts, its card and its checkpointing of activations are set up as well.
+        model: The student; its prompts and its card are set up as well.
         stores: The guide stores by name.
         settings: Of the run.
         run: The run's folder.
         trackers: Those that the trainer starts itself.
+        ranks: The processes of the run.
+
+    Raises:
+        ConfigError: When there are too few rows for the clusters.
+        ModelError: When the student takes more than tokens.
+        StoreError: When tokens or clusters cannot be written.
     """
     columns = max((store.columns for store in stores.values()), key=len)
     prompts = set_prompts(model, columns, settings.query_prompt, settings.document_prompt)
-    if settings.gradient_checkpointing:
-        checkpoint_activations(model)
     rows: dict[Split, MixedRows] = {"train": MixedRows(list(stores.values()), "train")}
     held_out, evaluator = None, None
     if settings.eval_steps:
@@ -66,7 +73,8 @@ def make_trainer(
         held_out = card_rows(stores, "held_out")
         evaluator = held_out_evaluator(stores, batch_size=settings.batch_size)
     describe_data(model, stores, evaluated=settings.eval_steps > 0)
-    form, collators = feed(
+    make_feed = partial(
+        feed,
         model,
         list(stores.values()),
         prompts,
@@ -75,12 +83,17 @@ def make_trainer(
         mined_negatives=settings.mined_negatives,
         on_cpu=pick_device(settings.device) == "cpu",
     )
+    form, collators = ranks.in_turn(make_feed)
+    batches = mixed_batches(stores, settings, ranks.count)
+    if settings.batching == "cluster":
+        # The trainer makes a sampler of its own, which finds the clusters.
+        ranks.in_turn(partial(batches, rows["train"], settings.batch_size, ranks.count > 1, seed=settings.seed))
     trainer = GuidedTrainer(
         model=model,
-        args=_arguments(settings, stores, run, prompts, trackers, score_name(model)),
+        args=_arguments(settings, batches, ranks, run, prompts, trackers, score_name(model)),
         rows=rows,
         form=form,
-        losses=_losses(model, stores, settings),
+        losses=_losses(model, stores, settings, gather=ranks.count > 1),
         replay=_replay(model, settings, collators[0].passes) if settings.cached else None,
         data_collator=MixedCollator(collators),
         train_dataset=card_rows(stores, "train"),
@@ -95,22 +108,42 @@ def make_trainer(
     return trainer
 
 
-def mixed_batches(stores: Stores, settings: TrainSettings) -> MixedBatches:
+def mixed_batches(stores: Stores, settings: TrainSettings, processes: int) -> MixedBatches:
     """How the rows of the stores are batched.
 
     Raises:
         ConfigError: When a store does not know the tasks of its rows.
         DependencyError: When faiss is needed and not installed.
     """
-    batches = (StoreBatches(store, settings.batching, clusters=settings.clusters) for store in stores.values())
+    batches = (
+        StoreBatches(store, settings.batching, clusters=settings.clusters, processes=processes)
+        for store in stores.values()
+    )
     return MixedBatches(tuple(batches), settings.mixing or "proportional")
 
 
-def _losses(model: SentenceTransformer, stores: Stores, settings: TrainSettings) -> dict[str, GISTLoss]:
+def check_steps(batches: MixedBatches, batch_size: int) -> None:
+    """Refuse stores whose rows fill no step of several processes, though they are many enough.
+
+    Raises:
+        ConfigError: With the first such store.
+    """
+    for of_store in batches.of_stores:
+        if of_store.num_batches(batch_size) == 0:
+            raise ConfigError(
+                f"--batch-size {batch_size} in {of_store.processes} processes: no task of {of_store.store.path} has "
+                f"the {batch_size * of_store.processes} rows of a step: give less"
+            )
+
+
+def _losses(
+    model: SentenceTransformer, stores: Stores, settings: TrainSettings, *, gather: bool
+) -> dict[str, GISTLoss]:
     """The loss of each store; a learned temperature is one weight of them all."""
     options: dict[str, Any] = {name: getattr(settings, name) for name in _LOSS_OPTIONS}
     if settings.learn_temperature:
         options["temperature"] = LearnedTemperature(settings.temperature, _lowest_temperature(settings))
+    options["gather_across_devices"] = gather
     return {name: GISTLoss(model, store, **options) for name, store in stores.items()}
 
 
@@ -136,21 +169,24 @@ def _lowest_temperature(settings: TrainSettings) -> float:
 
 def _arguments(
     settings: TrainSettings,
-    stores: Stores,
+    batches: MixedBatches,
+    ranks: Ranks,
     run: RunFolder,
     prompts: dict[str, str],
     trackers: Sequence[str],
     score: str,
 ) -> SentenceTransformerTrainingArguments:
     on_cpu = pick_device(settings.device) == "cpu"
-    return SentenceTransformerTrainingArguments(
+    arguments = SentenceTransformerTrainingArguments(
         output_dir=str(run.checkpoints),
         run_name=run.path.name,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        batch_sampler=cast(Any, mixed_batches(stores, settings)),
+        # Each process evaluates all rows, in batches of as many as meet in a step.
+        per_device_eval_batch_size=settings.batch_size * ranks.count,
+        dataloader_drop_last=ranks.count > 1,
+        batch_sampler=cast(Any, batches),
         # For the card: `batch_sampler` mixes, too.
         multi_dataset_batch_sampler=settings.mixing or "proportional",
         prompts=prompts,
@@ -180,3 +216,6 @@ def _arguments(
         report_to=list(trackers) or "none",
         disable_tqdm=True,
     )
+    # Left to itself the trainer makes the batch larger and splits it over all GPUs of one process.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -39,19 +39,20 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def check_stores(stores: Stores, *, batch_size: int, mined_negatives: int, evaluate: bool) -> None:
+def check_stores(stores: Stores, *, batch_size: int, mined_negatives: int, evaluate: bool, processes: int = 1) -> None:
     """Refuse stores that have too little for the run; say which are not evaluated.
 
     Raises:
-        ConfigError: When one has fewer rows than a batch or fewer mined negatives than asked for, or none has rows to
+        ConfigError: When one has fewer rows than a step or fewer mined negatives than asked for, or none has rows to
             evaluate.
         StoreError: When one has no mined negatives.
     """
     for store in stores.values():
-        if batch_size > (num_rows := num_train_rows(store)):
+        if batch_size * processes > (num_rows := num_train_rows(store)):
+            several = f" in {processes} processes" if processes > 1 else ""
             raise ConfigError(
-                f"--batch-size {batch_size} is larger than the data: "
-                f"{store.path} has {num_rows} rows to train on: give {num_rows} or less"
+                f"--batch-size {batch_size}{several} is larger than the data: "
+                f"{store.path} has {num_rows} rows to train on: give {num_rows // processes} or less"
             )
         if mined_negatives:
             check_negatives(store, mined_negatives)

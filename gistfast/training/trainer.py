@@ -4,6 +4,7 @@ A step embeds the set of distinct texts of its rows, puts the vectors back into 
 comes twice in a batch is embedded once, with one draw of dropout. The rows of a step are of one store.
 """
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -71,25 +72,27 @@ class GuidedTrainer(SentenceTransformerTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The loader of the training rows."""
         self.accelerator.even_batches = False
-        return self._loader(self.rows["train"], self.args.train_batch_size)
+        # Every process gets one batch of each step.
+        loader = self._loader(self.rows["train"], self.args.train_batch_size, drop_last=self.args.world_size > 1)
+        sampler: Any = loader.batch_sampler
+        prepared = self.accelerator.prepare(loader)
+        # A resumed epoch would not be told to the sampler behind accelerate's share of one process.
+        prepared.batch_sampler.set_epoch = sampler.set_epoch
+        return cast(DataLoader[Any], prepared)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """The loader of the held-out rows, whatever the model card calls them."""
-        self.accelerator.even_batches = True
+        """The loader of the held-out rows, whatever the model card calls them: of all of them, in every process."""
         return self._loader(self.rows["held_out"], self.args.eval_batch_size)
 
-    def _loader(self, rows: MixedRows, batch_size: int) -> DataLoader[Any]:
-        sampler = self.get_batch_sampler(
-            rows, batch_size=batch_size, drop_last=self.args.dataloader_drop_last, seed=self.args.seed
-        )
-        loader = DataLoader(
+    def _loader(self, rows: MixedRows, batch_size: int, *, drop_last: bool = False) -> DataLoader[Any]:
+        return DataLoader(
             rows,
-            batch_sampler=sampler,
+            batch_sampler=self.get_batch_sampler(rows, batch_size=batch_size, drop_last=drop_last, seed=self.args.seed),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=_leave_the_group,
         )
-        return cast(DataLoader[Any], self.accelerator.prepare(loader))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -98,7 +101,8 @@ class GuidedTrainer(SentenceTransformerTrainer):
         batch = cast(MixedBatch, inputs)
         name, loss_module = list(self.losses.items())[batch["store"]]
         texts, loss_of = TextSet(**batch["texts"]), partial(self._contrast, loss_module, batch)
-        counts = dict(zip(COUNTS, batch["counts"], strict=True)) if self.model.training else {}
+        # Of a step: what is logged is the mean over the processes.
+        counts = dict(zip(COUNTS, batch["counts"] * self.args.world_size, strict=True)) if self.model.training else {}
         if self.replay is None or not torch.is_grad_enabled():
             loss = loss_of(embed(model, self.form, texts))
         else:
@@ -121,6 +125,8 @@ class GuidedTrainer(SentenceTransformerTrainer):
         places, identity = batch["places"].T, batch["identity"].T
         # As an embedding, because the gradient of one adds up in the same order each time, on every device.
         columns = functional.embedding(places, vectors)
+        if loss.gather_across_devices and self.model.training:
+            return loss.contrast_gathered(columns, batch["guide"][places], identity)
         return loss.contrast(columns.unbind(), batch["guide"][places].unbind(), identity.unbind())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -140,7 +146,19 @@ class GuidedTrainer(SentenceTransformerTrainer):
             super()._load_from_checkpoint(checkpoint_path)
         load_trained(Path(checkpoint_path), self.model, self._loss_module)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The first process writes last what makes the checkpoint complete: the states of all are there by then.
+        self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         with merged(self.model):
             super()._save(output_dir, state_dict)
         save_trained(Path(cast(str, output_dir or self.args.output_dir)), self.model, self._loss_module)
+
+
+def _leave_the_group(worker: int) -> None:
+    """Keep signals to the group, of Ctrl-C or torchrun, from a process that prepares batches: the trainer ends it."""
+    os.setpgrp()
