@@ -2,14 +2,20 @@
 
 import logging
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from gistfast.batches import MixedBatches, StoreBatches
 from gistfast.errors import ConfigError, StoreError, WorkerError
 from gistfast.launch import alike, rank
+from gistfast.store import GuideStore
 from gistfast.training.ranks import Ranks, join, left_in_one_line
 from gistfast.training.run_folder import check_same_run
+from gistfast.training.setup import check_steps
+from gistfast.training.stores import check_stores
 
 
 @pytest.fixture
@@ -83,6 +89,19 @@ def test_processes_of_two_runs_are_refused() -> None:
     check_same_run(records[:2])
     with pytest.raises(ConfigError, match="process 2 was started otherwise than the first one: --seed was 1, found 2"):
         check_same_run(records)
+
+
+def test_stores_that_fill_no_step_of_several_processes_are_refused(make_store: Callable[..., GuideStore]) -> None:
+    rows = [(f"question {row}", f"answer {row}") for row in range(12)]
+    store = make_store(rows, tasks=["one", "two", "three"] * 4)
+    batches = MixedBatches((StoreBatches(store, "task", processes=2),))
+    check_steps(batches, 2)
+    with pytest.raises(ConfigError, match=r"--batch-size 3 in 2 processes: no task of .* has the 6 rows of a step"):
+        check_steps(batches, 3)
+    limits: dict[str, Any] = {"batch_size": 7, "mined_negatives": 0, "evaluate": False}
+    check_stores({"store": store}, **limits)
+    with pytest.raises(ConfigError, match=r"--batch-size 7 in 2 processes is larger .* has 12 rows .*: give 6 or less"):
+        check_stores({"store": store}, **limits, processes=2)
 
 
 def test_package_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

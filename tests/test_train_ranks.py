@@ -58,11 +58,20 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "recomputed": {"gradient_checkpointing": True, "freeze": ("embeddings",), "tokens_per_forward": 24},
 }
+CASES["stores"] = {"mixing": "round_robin", "eval_steps": 3}
 # How near the log of two processes is to that of one; shares are rounded there.
 NEAR = {
     **{name: {"rel": 1e-5} for name in ("loss", "grad_norm", "temperature", "margin", "texts")},
-    **{f"dropped/{block}": {"abs": 1.01e-4} for block in ("ap", "aa", "pp", "an")},
+    **{name: {"abs": 1.01e-4} for name in ("dropped/ap", "dropped/aa", "dropped/pp", "dropped/an", "loss/other")},
 }
+
+
+def given(name: str, folder: Path) -> dict[str, Any]:
+    """The options of a case, with its stores."""
+    stores = [folder / "store", folder / "other"] if name == "stores" else folder / "store"
+    return {"store": stores, **CASES[name]}
+
+
 run_small = partial(train_small, dropout=0.0, margin=0.05, batch_size=BATCH_SIZE)
 
 
@@ -150,16 +159,16 @@ def work(folder: Path, student: Path) -> None:
     """All that one process does; what it saw goes to a file."""
     torch.set_num_threads(1)
     ranks = join("cpu")
-    run = partial(run_small, store=folder / "store", student=student)
+    run = partial(run_small, student=student)
     found: dict[str, Any] = {"refusals": refusals(ranks)}
     where = [str(folder / "store"), "--student", str(student), "--out", str(folder / "refused")]
     found["command"] = run_command("train", *where, "--batch-size", "9", "--device", "cpu")
-    for name, options in CASES.items():
+    for name in CASES:
         with observed() as seen:
-            report = run(out=folder / name, **options)
+            report = run(out=folder / name, **given(name, folder))
         found[name] = {"seen": seen, "losses": [report.loss, report.dropped]}
     # With dropout, which the generators of the processes draw, through the end of an epoch.
-    again = partial(run, dropout=0.3, save_steps=2, max_steps=8, picture=False)
+    again = partial(run, store=folder / "store", dropout=0.3, save_steps=2, max_steps=8, picture=False)
     again(out=folder / "undisturbed")
     ask = partial(signal.raise_signal, signal.SIGTERM if ranks.own == 1 else 0)
     with at_step(3, ask if ranks.own == 1 else bool), pytest.raises(KeyboardInterrupt, match="after step 3 of 8"):
@@ -205,14 +214,14 @@ def ended(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture(scope="module")
 def folder(guide_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with sixteen rows to train on and four that are held out."""
+    """A store with sixteen rows to train on and four that are held out, and another one with eight rows."""
     folder = tmp_path_factory.mktemp("ranks")
-    lines = [json.dumps(dict(zip(COLUMNS, row, strict=True))) for row in ROWS]
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    store = precompute(
-        folder / "rows.jsonl", guide=guide_folder, out=folder / "store", index="none", device="cpu", holdout=0.3
-    )
-    assert (store.num_rows, int(store.held_out.sum())) == (20, 4)
+    for name, rows, holdout in [("store", ROWS, 0.3), ("other", [row[1::-1] for row in ROWS[:8]], 0.0)]:
+        lines = [json.dumps(dict(zip(COLUMNS, row, strict=False))) for row in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        options: dict[str, Any] = {"guide": guide_folder, "index": "none", "device": "cpu", "holdout": holdout}
+        store = precompute(folder / f"{name}.jsonl", out=folder / name, **options)
+        assert (store.num_rows, int(store.held_out.sum())) == (len(rows), 4 if holdout else 0)
     return folder
 
 
@@ -228,21 +237,23 @@ def ranks(folder: Path, tiny_student: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def alone(folder: Path, tiny_student: Path) -> Callable[..., Any]:
     """Training in this process on the joint rows."""
-    return partial(run_small, store=folder / "store", student=tiny_student, batch_size=RANKS * BATCH_SIZE)
+    return partial(run_small, student=tiny_student, batch_size=RANKS * BATCH_SIZE)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_take_the_steps_of_one_on_the_joint_batch(
     ranks: list[dict[str, Any]], alone: Callable[..., Any], folder: Path, tmp_path: Path, name: str
 ) -> None:
-    one = alone(out=tmp_path / "one", **CASES[name])
+    one = alone(out=tmp_path / "one", **given(name, folder))
     pairs = list(zip(steps(one.path), steps(folder / name), strict=True))
     assert len(pairs) == 6
     for expected, found in pairs:
         for logged in NEAR.keys() & expected.keys():
             assert found[logged] == pytest.approx(expected[logged], **NEAR[logged]), logged
     assert any(expected["dropped/ap"] > 0 for expected, _ in pairs)
-    begun = weights(alone(out=tmp_path / "begun", **CASES[name] | {"learning_rate": 1e-30, "max_steps": 1}).path)
+    begun = weights(
+        alone(out=tmp_path / "begun", **given(name, folder) | {"learning_rate": 1e-30, "max_steps": 1}).path
+    )
     expected_weights, found_weights = weights(one.path), weights(folder / name)
     for weight, expected in expected_weights.items():
         # Its gradient is 0 but for rounding: the softmax does not see it.
@@ -262,7 +273,7 @@ def test_texts_of_a_step_are_shared_by_the_processes(folder: Path) -> None:
 def test_evaluation_is_that_of_one_process(
     ranks: list[dict[str, Any]], alone: Callable[..., Any], folder: Path, tmp_path: Path
 ) -> None:
-    one = alone(out=tmp_path / "one", **CASES["plain"])
+    one = alone(out=tmp_path / "one", **given("plain", folder))
     evaluations = [[r for r in records(path) if "eval_loss" in r] for path in (one.path, folder / "plain")]
     assert [record["step"] for record in evaluations[0]] == [0, 3, 6]
     for expected, found in zip(*evaluations, strict=True):
@@ -304,7 +315,7 @@ def test_error_of_one_process_is_that_of_all_and_is_said_once(ranks: list[dict[s
 def test_processes_leave_the_files_of_one(
     ranks: list[dict[str, Any]], alone: Callable[..., Any], folder: Path, tmp_path: Path
 ) -> None:
-    one = alone(out=tmp_path / "one", **CASES["plain"])
+    one = alone(out=tmp_path / "one", **given("plain", folder))
     listed = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in (one.path, folder / "plain")]
     assert listed[0] == listed[1]
     assert len(records(one.path)) == len(records(folder / "plain"))
@@ -327,7 +338,7 @@ def test_run_of_two_processes_is_not_resumed_by_one(
     ranks: list[dict[str, Any]], alone: Callable[..., Any], folder: Path
 ) -> None:
     with pytest.raises(ConfigError, match="its steps were those of 2 processes, found 1: resume it as it was"):
-        alone(out=folder / "plain", resume=True, batch_size=BATCH_SIZE, **CASES["plain"])
+        alone(out=folder / "plain", resume=True, batch_size=BATCH_SIZE, **given("plain", folder))
 
 
 # The command.

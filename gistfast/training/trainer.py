@@ -101,15 +101,16 @@ class GuidedTrainer(SentenceTransformerTrainer):
         batch = cast(MixedBatch, inputs)
         name, loss_module = list(self.losses.items())[batch["store"]]
         texts, loss_of = TextSet(**batch["texts"]), partial(self._contrast, loss_module, batch)
-        # Of a step: what is logged is the mean over the processes.
-        counts = dict(zip(COUNTS, batch["counts"] * self.args.world_size, strict=True)) if self.model.training else {}
+        # Counts are those of a step, and what is logged is the mean over its processes.
+        processes = self.args.world_size
+        counts = dict(zip(COUNTS, batch["counts"] * processes, strict=True)) if self.model.training else {}
         if self.replay is None or not torch.is_grad_enabled():
             loss = loss_of(embed(model, self.form, texts))
         else:
             learned = loss_module.learned_temperature
             own_weights = [] if learned is None else [learned.log]
             loss, replayed = replayed_loss(model, self.form, texts, loss_of, self.replay, own_weights)
-            counts |= replayed
+            counts |= {**replayed, "replayed_texts": replayed["replayed_texts"] * processes}
         counts |= {f"dropped/{block}": share for block, share in loss_module.last_stats.items()}
         if len(self.losses) > 1:
             counts[f"loss/{name}"] = loss
