@@ -8,6 +8,7 @@ GistfastError
 ├── ShapeError       tensors given to the loss do not fit together
 ├── VectorError      a vector is zero or not finite
 ├── StoreError       a guide store is missing, unfinished, damaged, or made for something else
+├── TrainingError    a training step cannot be taken: numbers that are not finite, too little memory
 └── WorkerError      worker processes died, or a cluster cannot be reached
 """
 
@@ -48,6 +49,10 @@ class VectorError(GistfastError, ValueError):
 
 class StoreError(GistfastError):
     """A guide store is missing, unfinished, damaged, or made for something else."""
+
+
+class TrainingError(GistfastError):
+    """A training step cannot be taken: its numbers are not finite, or memory does not suffice."""
 
 
 class WorkerError(GistfastError):

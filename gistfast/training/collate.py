@@ -30,6 +30,7 @@ class Batch(TypedDict):
     """What a step is made of.
 
     Attributes:
+        rows: (B,) numbers of the rows in the store.
         identity: (B, C) which text each cell is.
         places: (B, C) number of each cell's text among the distinct ones.
         guide: (N, G) guide vectors of the distinct texts, in the stored dtype.
@@ -37,6 +38,7 @@ class Batch(TypedDict):
         counts: (4,) what `COUNTS` names.
     """
 
+    rows: Tensor
     identity: Tensor
     places: Tensor
     guide: Tensor
@@ -148,6 +150,7 @@ class Collator:
         num_padded = self.passes.num_tokens(sizes, forwards)
         ids = torch.from_numpy(distinct)
         return {
+            "rows": torch.from_numpy(rows),
             "identity": self.store.identity(torch.from_numpy(entries)),
             "places": torch.from_numpy(rank[places.reshape(entries.shape)]),
             "guide": self.store.gather(ids),

@@ -21,6 +21,7 @@ from gistfast.training.best import KeepBest, score_name
 from gistfast.training.collate import MixedCollator, MixedRows, Split
 from gistfast.training.feed import feed, set_prompts
 from gistfast.training.modelcard import card_rows, describe_data
+from gistfast.training.non_finite import FiniteSteps
 from gistfast.training.passes import Passes
 from gistfast.training.ranks import Ranks
 from gistfast.training.run_folder import RunFolder
@@ -94,6 +95,7 @@ def make_trainer(
         rows=rows,
         form=form,
         losses=_losses(model, stores, settings, gather=ranks.count > 1),
+        finite=FiniteSteps(run, bf16=settings.bf16),
         replay=_replay(model, settings, collators[0].passes) if settings.cached else None,
         data_collator=MixedCollator(collators),
         train_dataset=card_rows(stores, "train"),
@@ -202,7 +204,7 @@ def _arguments(
         dataloader_num_workers=settings.workers,
         logging_steps=settings.logging_steps,
         logging_first_step=True,
-        # A loss that is not a number is shown as it is.
+        # A loss that is not finite stops the run; the filter would wait for the device in each step.
         logging_nan_inf_filter=False,
         eval_strategy="steps" if settings.eval_steps else "no",
         eval_steps=settings.eval_steps or None,

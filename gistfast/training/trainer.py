@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from gistfast.errors import VectorError
 from gistfast.losses.gist_loss import GISTLoss
 from gistfast.losses.schedules import Schedule, ScheduledLoss
 from gistfast.students.input import InputForm, TextSet
@@ -23,6 +24,7 @@ from gistfast.students.lora import has_lora, merged
 from gistfast.training.checkpoint import load_trained, save_trained
 from gistfast.training.collate import COUNTS, Batch, MixedBatch, MixedRows, Split
 from gistfast.training.means import StepMeans
+from gistfast.training.non_finite import FiniteSteps, RowsOfStep
 from gistfast.training.step import Replay, embed, replayed_loss
 
 
@@ -42,6 +44,7 @@ class GuidedTrainer(SentenceTransformerTrainer):
         form: InputForm,
         losses: Mapping[str, GISTLoss],
         schedule: Schedule,
+        finite: FiniteSteps,
         replay: Replay | None = None,
         **options: Any,
     ) -> None:
@@ -52,6 +55,7 @@ class GuidedTrainer(SentenceTransformerTrainer):
             form: What the student takes.
             losses: Of each store by its name, in the order of the rows; they share student and weights of their own.
             schedule: Temperature and margin of each step.
+            finite: Looks at the numbers of each step.
             replay: How much of the gradient goes back by embedding again; None to keep the graphs of all passes.
             **options: `data_collator` is a `MixedCollator`.
         """
@@ -64,6 +68,7 @@ class GuidedTrainer(SentenceTransformerTrainer):
         self.rows = rows
         self.eval_dataset = rows.get("held_out")
         self.form = form
+        self.finite = finite
         self.replay = replay
         self.scheduled = ScheduledLoss([first, *others], schedule)
         self._means = {"train": StepMeans(), "eval": StepMeans()}
@@ -126,9 +131,32 @@ class GuidedTrainer(SentenceTransformerTrainer):
         places, identity = batch["places"].T, batch["identity"].T
         # As an embedding, because the gradient of one adds up in the same order each time, on every device.
         columns = functional.embedding(places, vectors)
-        if loss.gather_across_devices and self.model.training:
-            return loss.contrast_gathered(columns, batch["guide"][places], identity)
-        return loss.contrast(columns.unbind(), batch["guide"][places].unbind(), identity.unbind())
+        done, training = self.state.global_step, self.model.training
+        when = f"step {done + 1}" if training else f"evaluation after step {done}"
+        step = RowsOfStep(when, loss.store, batch["rows"])
+        try:
+            if loss.gather_across_devices and training:
+                value = loss.contrast_gathered(columns, batch["guide"][places], identity)
+            else:
+                value = loss.contrast(columns.unbind(), batch["guide"][places].unbind(), identity.unbind())
+        except VectorError:
+            self.finite.refuse_vectors(vectors, batch["places"], step)
+            raise
+        if training:
+            self.finite.take_loss(value, step)
+        return value
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]  # theirs is untyped
+        self.finite.take_norm(norm)
+        return norm
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        control = self.control
+        kept = control.should_save or control.should_training_stop
+        if kept or control.should_log or control.should_evaluate:
+            self.finite.look(self.model if kept else None)
+        super()._maybe_log_save_evaluate(*arguments, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log a record: of steps with what was counted and the options of the loss that change."""
