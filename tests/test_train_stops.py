@@ -7,8 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from train_cases import ROWS, same_weights, steps, train_small
 
 from gistfast.batches import StoreBatches
@@ -193,3 +197,98 @@ def test_long_texts_are_shortened(make_store: Callable[..., GuideStore], run: Ca
         run(store=make_store(texts, name="long").path)
     assert re.search(r"\d \('\d word word [word ]+ \.\.\.', 'meaning \d'\)", str(caught.value))
     assert "\n" not in str(caught.value)
+
+
+# Too little memory.
+
+EXBIBYTE = 1 << 60
+
+
+def more_than_there_is(trainer: GuidedTrainer) -> None:
+    torch.empty(EXBIBYTE, dtype=torch.uint8)
+
+
+def more_than_numpy_gets(trainer: GuidedTrainer) -> None:
+    np.empty(EXBIBYTE, np.uint8)
+
+
+def more_than_the_gpu_has(trainer: GuidedTrainer) -> None:
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.11 GiB in all.")
+
+
+@pytest.mark.parametrize(
+    ("act", "asked_for"),
+    [
+        (more_than_there_is, "1152921504606846976 bytes"),
+        (more_than_numpy_gets, r"1\.00 EiB"),
+        (more_than_the_gpu_has, r"2\.00 GiB"),
+    ],
+)
+def test_step_without_memory_names_the_budget_to_try(
+    act: Callable[[GuidedTrainer], None], asked_for: str, run: Callable[..., TrainReport], tmp_path: Path
+) -> None:
+    with at_step(5, act), pytest.raises(TrainingError) as caught:
+        run()
+    last = tmp_path / "student" / "checkpoints" / "checkpoint-4"
+    assert re.fullmatch(
+        rf"step 5: out of memory \({asked_for} asked for\) with --tokens-per-forward 2048: "
+        "try --tokens-per-forward 1024, and --cached, which keeps the activations of one pass in place of all, "
+        f"and --gradient-checkpointing; --resume goes on from {re.escape(str(last))}",
+        str(caught.value),
+    )
+
+
+def test_what_saves_memory_already_is_not_advised(run: Callable[..., TrainReport]) -> None:
+    options = {"tokens_per_forward": 31, "cached": True, "gradient_checkpointing": True}
+    with at_step(2, more_than_there_is), pytest.raises(TrainingError) as caught:
+        run(**options)
+    wanted = (
+        "with --tokens-per-forward 31: try --tokens-per-forward 15; --resume begins anew: there is no checkpoint yet"
+    )
+    assert str(caught.value).endswith(wanted)
+
+
+def test_student_without_passes_is_told_another_batch_size(
+    run: Callable[..., TrainReport], tiny_student: Path, tmp_path: Path
+) -> None:
+    tokenizer = SentenceTransformer(str(tiny_student), device="cpu").tokenizer
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu").save(str(tmp_path / "s"))
+    with at_step(3, more_than_there_is), pytest.raises(TrainingError, match=r"try a smaller --batch-size .*-2\)$"):
+        run(student=tmp_path / "s")
+
+
+def test_evaluation_without_memory_is_told_apart(
+    make_store: Callable[..., GuideStore], run: Callable[..., TrainReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(*arguments: Any, **options: Any) -> None:
+        torch.empty(EXBIBYTE, dtype=torch.uint8)
+
+    monkeypatch.setattr(InformationRetrievalEvaluator, "__call__", score)
+    held_out = make_store(ROWS, name="held out", holdout=0.3)
+    with pytest.raises(TrainingError, match=r"^evaluation after step 0: out of memory .* leave --eval-steps out"):
+        run(store=held_out.path, eval_steps=3)
+
+
+def test_other_errors_are_not_taken_for_missing_memory(run: Callable[..., TrainReport]) -> None:
+    def fail(trainer: GuidedTrainer) -> None:
+        raise RuntimeError("the power went")
+
+    with at_step(2, fail), pytest.raises(RuntimeError, match=r"^the power went$"):
+        run()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"tokens_per_forward": 16}, {"cached": True}, {"gradient_checkpointing": True}],
+    ids=lambda option: next(iter(option)),
+)
+def test_run_goes_on_in_less_memory_with_the_same_losses(
+    option: dict[str, Any], run: Callable[..., TrainReport], tmp_path: Path
+) -> None:
+    run = partial(run, dropout=0.0)
+    undisturbed = run(out=tmp_path / "undisturbed")
+    with at_step(5, more_than_there_is), pytest.raises(TrainingError):
+        run()
+    resumed = run(resume=True, **option)
+    found, wanted = ([record["loss"] for record in steps(report.path)] for report in (resumed, undisturbed))
+    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-4)

@@ -28,6 +28,7 @@ from gistfast.training.callbacks import (
 )
 from gistfast.training.hub_upload import UploadCheckpoints, check_hub, uploads_to
 from gistfast.training.modelcard import add_section, guide_section
+from gistfast.training.out_of_memory import memory_errors_in_one_line
 from gistfast.training.ranks import Ranks, join, left_in_one_line, without_their_warnings
 from gistfast.training.report import TrainReport, train_report
 from gistfast.training.run_folder import RunFolder, check_same_run, one_line_when_full, run_record, step_of
@@ -59,6 +60,7 @@ def train(
         GistfastError: When the disk is full; what was saved is kept.
         ModelError: When the student does not load.
         StoreError: When a store is not there or not complete.
+        TrainingError: When a step's numbers are not finite, or memory does not suffice for it.
         KeyboardInterrupt: After Ctrl-C.
     """
     begun_s = time.monotonic()
@@ -183,7 +185,8 @@ def _fit(
             trainer.add_callback(callback)
         if "tensorboard" in trackers:
             trainer.add_callback(tensorboard_callback(run.tensorboard, step_of(checkpoint)))
-        history, ends_with = _take_steps(trainer, run, checkpoint, ranks), None
+        with memory_errors_in_one_line(trainer, run, recomputes=settings.gradient_checkpointing):
+            history, ends_with = _take_steps(trainer, run, checkpoint, ranks), None
     if settings.keep_best and (best := best_step(history)) is not None:
         logger.info("the best student is that of step %d", best)
         ends_with = run.checkpoint_of(best)

@@ -35,6 +35,10 @@ FREE_SETTINGS = (
     *("trackers", "save_total_limit", "picture", "push_to_hub"),
 )
 
+# What it may change, too: how a step is taken in the memory that there is, which moves no loss but for rounding and the
+# draws of dropout.
+MEMORY_SETTINGS = ("tokens_per_forward", "cached", "gradient_checkpointing")
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -193,7 +197,7 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
     """The first thing that the run found there was made with and the wanted one is not, in words."""
     for name, value in wanted["settings"].items():
         before = found["settings"].get(name)
-        if name not in FREE_SETTINGS and before != value:
+        if name not in (*FREE_SETTINGS, *MEMORY_SETTINGS) and before != value:
             return f"--{name.replace('_', '-')} was {before}, found {value}"
     # Earlier records are of one process.
     if (before := found.get("processes", 1)) != wanted["processes"]:

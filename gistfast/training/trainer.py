@@ -35,6 +35,9 @@ class GuidedTrainer(SentenceTransformerTrainer):
     the same with padding, texts of all columns, and distinct texts among them; with a replay also the texts embedded
     again and the relative length of the gradient that was left out. Temperature and margin are there where they change.
     With several stores it has the loss of each that the steps took rows of ("loss/NAME").
+
+    Attributes:
+        evaluating: Whether an evaluation is under way, or failed.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class GuidedTrainer(SentenceTransformerTrainer):
         super().__init__(loss=loss, **options)
         self.loss: Any = first
         self.losses = losses
+        self.evaluating = False
         self.rows = rows
         self.eval_dataset = rows.get("held_out")
         self.form = form
@@ -98,6 +102,13 @@ class GuidedTrainer(SentenceTransformerTrainer):
             pin_memory=self.args.dataloader_pin_memory,
             worker_init_fn=_leave_the_group,
         )
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """The scores of the student as it is."""
+        self.evaluating = True
+        scores: dict[str, float] = super().evaluate(*arguments, **options)
+        self.evaluating = False
+        return scores
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
