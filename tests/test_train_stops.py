@@ -39,7 +39,7 @@ def run(store: GuideStore, tiny_student: Path, tmp_path: Path) -> Callable[..., 
 
 @contextmanager
 def at_step(number: int, act: Callable[[GuidedTrainer], Any]) -> Iterator[None]:
-    """Let something happen at the beginning of a step, counted from 1."""
+    """Let something happen to the trainer at the beginning of a step, counted from 1."""
     training_step = GuidedTrainer.training_step
 
     def step(self: GuidedTrainer, *arguments: Any, **options: Any) -> torch.Tensor:

@@ -34,6 +34,7 @@ from gistfast.training.report import TrainReport, train_report
 from gistfast.training.run_folder import RunFolder, check_same_run, one_line_when_full, run_record, step_of
 from gistfast.training.run_picture import draw_run
 from gistfast.training.setup import check_steps, make_trainer, mixed_batches
+from gistfast.training.store_watch import WatchStores
 from gistfast.training.stores import Stores, check_stores, num_train_rows, open_stores
 from gistfast.training.trainer import GuidedTrainer
 
@@ -59,7 +60,7 @@ def train(
         DependencyError: When a tracker, or peft for an adapter, is not installed.
         GistfastError: When the disk is full; what was saved is kept.
         ModelError: When the student does not load.
-        StoreError: When a store is not there or not complete.
+        StoreError: When a store is not there or not complete, or not the same any more.
         TrainingError: When a step's numbers are not finite, or memory does not suffice for it.
         KeyboardInterrupt: After Ctrl-C.
     """
@@ -186,7 +187,8 @@ def _fit(
         if "tensorboard" in trackers:
             trainer.add_callback(tensorboard_callback(run.tensorboard, step_of(checkpoint)))
         with memory_errors_in_one_line(trainer, run, recomputes=settings.gradient_checkpointing):
-            history, ends_with = _take_steps(trainer, run, checkpoint, ranks), None
+            watch = WatchStores(list(stores.values()), ranks)
+            history, ends_with = _take_steps(trainer, watch, run, checkpoint, ranks), None
     if settings.keep_best and (best := best_step(history)) is not None:
         logger.info("the best student is that of step %d", best)
         ends_with = run.checkpoint_of(best)
@@ -197,19 +199,26 @@ def _fit(
     return history
 
 
-def _take_steps(trainer: GuidedTrainer, run: RunFolder, checkpoint: Path | None, ranks: Ranks) -> list[dict[str, Any]]:
+def _take_steps(
+    trainer: GuidedTrainer, watch: WatchStores, run: RunFolder, checkpoint: Path | None, ranks: Ranks
+) -> list[dict[str, Any]]:
     """Train from a checkpoint or from the beginning; returns the trainer's log.
 
     Raises:
+        StoreError: When a store was replaced or removed meanwhile.
         KeyboardInterrupt: After Ctrl-C, when a checkpoint was saved.
     """
     trainer.add_callback(MetricsFile(run.metrics))
     with StepProgress() as bar, StopOnInterrupt(ranks) as stop, no_weight_bar(), without_their_warnings():
         trainer.add_callback(bar)
         trainer.add_callback(stop)
+        # Last, because it looks closer where the others have a checkpoint saved.
+        trainer.add_callback(watch)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # torchrun ends all processes with the first that leaves: not before the checkpoint is whole.
         ranks.gather("trained")
+    if watch.error is not None:
+        raise watch.error
     if stop.stopped:
         raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}")
     return trainer.state.log_history

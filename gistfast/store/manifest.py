@@ -98,6 +98,17 @@ class Manifest:
         numbers = (number for number, own in enumerate(self.guides) if own.identity == guide.identity)
         return next(numbers, None)
 
+    def continues(self, earlier: "Manifest") -> bool:
+        """Whether this is the store of an earlier manifest, as it was or grown: it has every shard that it had."""
+        mine, known = self.data.segments[: len(earlier.data.segments)], earlier.data.segments
+        guides = [guide.identity for guide in self.guides[: len(earlier.guides)]]
+        return (
+            self._asked == earlier._asked
+            and [replace(segment, description="") for segment in mine]
+            == [replace(segment, description="") for segment in known]
+            and guides == [guide.identity for guide in earlier.guides]
+        )
+
     def difference(self, guide: GuideInfo, columns: tuple[str, ...], holdout: float) -> str | None:
         """The first thing that was asked for and that this store does not have, in words.
 

@@ -31,7 +31,8 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 class GuideStore:
     """A finished guide store, open for reading; made by `GuideStore.open`.
 
-    It pickles as its path and is opened again on the other side: it travels to the workers of a loader.
+    It pickles as its path and manifest and travels to the workers of a loader, where it is the same store, whatever was
+    appended since.
 
     Attributes:
         path: Folder of the store.
@@ -240,13 +241,12 @@ class GuideStore:
         return problems_of(self.path, self.manifest, deep=deep)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "fingerprint": self.fingerprint}
+        return {"path": self.path, "manifest": self.manifest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        store = GuideStore.open(state["path"])
-        if store.fingerprint != state["fingerprint"]:
+        if not GuideStore.open(state["path"]).manifest.continues(state["manifest"]):
             raise StoreError(f"{state['path']} was replaced by another store while in use: start again")
-        self.__dict__.update(store.__dict__)
+        self.__dict__.update(state, _open_shards={})
 
     def _shard(self, kind: str, index: int) -> Shard:
         key = (kind, index)

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from gistfast.errors import ConfigError, GistfastError
 from gistfast.settings.stages import TrainSettings, to_dict
 from gistfast.store.files import write_json
+from gistfast.training.store_change import stores_difference
 
 if TYPE_CHECKING:
     from gistfast.store import Manifest
@@ -202,13 +203,7 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
     # Earlier records are of one process.
     if (before := found.get("processes", 1)) != wanted["processes"]:
         return f"its steps were those of {before} process{'es' * (before > 1)}, found {wanted['processes']}"
-    before, after = (" and ".join(_fingerprints(record)) for record in (found, wanted))
-    return None if before == after else f"the store had fingerprint {before}, found {after}"
-
-
-def _fingerprints(record: dict[str, Any]) -> list[str]:
-    stores = record["store"]
-    return [store["fingerprint"] for store in (stores if isinstance(stores, list) else [stores])]
+    return stores_difference(found["store"], wanted["store"])
 
 
 @contextmanager
