@@ -53,6 +53,12 @@ def _precompute(settings: PrecomputeSettings) -> None:
 
 
 def _train(settings: TrainSettings) -> None:
+    if settings.dry_run:
+        from gistfast.evaluation.report import print_facts
+        from gistfast.stages.dry_run import dry_run, facts
+
+        print_facts(f"a dry run of {settings.out}", facts(dry_run(**to_dict(settings))))
+        return
     from gistfast.stages.train import train
     from gistfast.training.ranks import leave
 

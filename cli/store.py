@@ -18,13 +18,14 @@ app = typer.Typer(
 def _info(settings: StoreInfoSettings) -> None:
     import json
 
+    from gistfast.evaluation.report import print_facts
     from gistfast.store.describe import describe_store
 
     described = describe_store(settings.store)
     if settings.json:
         typer.echo(json.dumps(described, indent=1, ensure_ascii=False))
         return
-    _print_table(described["path"], list(_lines(described)))
+    print_facts(described["path"], list(_lines(described)))
 
 
 def _verify(settings: StoreVerifySettings) -> None:
@@ -115,19 +116,6 @@ def _progress(store: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for kind, shards in store["shards"].items():
         if shards["done"] < shards["planned"]:
             yield "unfinished", f"{kind}: {shards['done']} of {shards['planned']} shards"
-
-
-def _print_table(title: str, lines: list[tuple[str, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, style="bold")
-    # What stands in a store is data: no markup, no emoji codes.
-    for name, value in lines:
-        table.add_row(name, Text(value))
-    Console(highlight=False).print(table)
 
 
 def _revision(revision: str | None) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gistfast.errors import DependencyError
 
@@ -62,6 +63,16 @@ def print_panels(panels: Sequence[Panel]) -> None:
             cells = (format(values[name], panel.form) if name in values else "" for name in panel.measures)
             table.add_row(model, *cells)
         console.print(table)
+
+
+def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
+    """Print a table of names and values on stdout."""
+    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    # Paths and texts of a store are data: no markup, no emoji codes.
+    for name, value in facts:
+        table.add_row(name, Text(value))
+    Console(highlight=False).print(table)
 
 
 def draw_panels(path: Path, panels: Sequence[Panel]) -> Path:

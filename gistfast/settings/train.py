@@ -169,6 +169,9 @@ class TrainSettings(Settings):
     picture: bool = setting(True, "Draw the log as training.png at the end, where matplotlib is installed.")
     resume: bool = setting(False, "Go on from the last checkpoint in --out.")
     overwrite: bool = setting(False, "Replace the run in --out when the first step begins.")
+    dry_run: bool = setting(
+        False, "Take up to ten steps elsewhere, say what the run would be, and leave nothing in --out."
+    )
 
     def check(self) -> None:
         """Refuse settings that contradict each other."""

@@ -1,7 +1,6 @@
 """Stage 2: from a guide store to a trained student, through sentence-transformers' trainer."""
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,12 +11,13 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback, TrainerState
 
+from gistfast.errors import ConfigError
 from gistfast.launch import alike
 from gistfast.models.pretrained import no_weight_bar, pick_device
 from gistfast.settings.stages import TrainSettings, build
 from gistfast.store.files import write_json
-from gistfast.students.lora import Lora, has_lora, merged, save_adapter
-from gistfast.students.student import check_learning_rates, checkpoint_activations, load_student
+from gistfast.students.lora import has_lora, merged, save_adapter
+from gistfast.training.begin import load, num_steps, open_run
 from gistfast.training.best import best_step, out_of_patience
 from gistfast.training.callbacks import (
     MetricsFile,
@@ -31,11 +31,11 @@ from gistfast.training.modelcard import add_section, guide_section
 from gistfast.training.out_of_memory import memory_errors_in_one_line
 from gistfast.training.ranks import Ranks, join, left_in_one_line, without_their_warnings
 from gistfast.training.report import TrainReport, train_report
-from gistfast.training.run_folder import RunFolder, check_same_run, one_line_when_full, run_record, step_of
+from gistfast.training.run_folder import RunFolder, check_same_run, one_line_when_full, step_of
 from gistfast.training.run_picture import draw_run
 from gistfast.training.setup import check_steps, make_trainer, mixed_batches
 from gistfast.training.store_watch import WatchStores
-from gistfast.training.stores import Stores, check_stores, num_train_rows, open_stores
+from gistfast.training.stores import Stores, num_train_rows
 from gistfast.training.trainer import GuidedTrainer
 
 logger = logging.getLogger(__name__)
@@ -67,12 +67,13 @@ def train(
     begun_s = time.monotonic()
     with alike():
         settings = build(TrainSettings, {**options, "store": store, "student": student, "out": out})
+        if settings.dry_run:
+            raise ConfigError(
+                "dry_run leaves no student to report on: call gistfast.stages.dry_run.dry_run for its figures"
+            )
         ranks = join(pick_device(settings.device))
-    run = RunFolder(Path(settings.out).expanduser())
     with ranks.together():
-        stores = _stores(settings, run, ranks.count)
-        record = run_record(settings, {name: store.manifest for name, store in stores.items()}, ranks.count)
-        run.check(record, resume=settings.resume, overwrite=settings.overwrite)
+        stores, run, record = open_run(settings, processes=ranks.count)
     if settings.resume and (finished := run.finished()) is not None:
         logger.info("%s is complete: nothing to resume", run.path)
         return TrainReport(**finished | {"path": run.path})
@@ -82,7 +83,7 @@ def train(
         trackers = choose_trackers(settings.trackers) if ranks.first else ()
         if settings.push_to_hub is not None:
             check_hub(settings.push_to_hub)
-        model = _load(settings)
+        model = load(settings)
     _begin(run, record, ranks, overwrite=settings.overwrite)
     upload_to = settings.push_to_hub if ranks.first else None
     with one_line_when_full(run.path), left_in_one_line(), uploads_to(upload_to) as upload:
@@ -104,24 +105,6 @@ def train(
     return report
 
 
-def _stores(settings: TrainSettings, run: RunFolder, processes: int) -> Stores:
-    """The stores, which have what the run needs, by the names that a run to be resumed calls them."""
-    stores = open_stores(settings.store)
-    check_stores(
-        stores,
-        batch_size=settings.batch_size,
-        mined_negatives=settings.mined_negatives,
-        evaluate=settings.eval_steps > 0,
-        processes=processes,
-    )
-    # Made here to be refused here: a store without tasks, clusters without faiss.
-    check_steps(mixed_batches(stores, settings, processes), settings.batch_size)
-    if settings.resume and len(names := run.store_names()) == len(stores):
-        # As its log calls them, wherever they lie now.
-        stores = dict(zip(names, stores.values(), strict=True))
-    return stores
-
-
 def _begin(run: RunFolder, record: dict[str, Any], ranks: Ranks, *, overwrite: bool) -> None:
     """Let the first process make the run's folder, where the others must see it."""
     with ranks.together():
@@ -129,36 +112,6 @@ def _begin(run: RunFolder, record: dict[str, Any], ranks: Ranks, *, overwrite: b
             run.begin(record, overwrite=overwrite)
     with ranks.together():
         run.check_seen()
-
-
-def _load(settings: TrainSettings) -> SentenceTransformer:
-    """The student, with all that the settings ask of it."""
-    model = load_student(
-        settings.student,
-        keep_layers=settings.keep_layers,
-        pooling=settings.pooling,
-        max_length=settings.max_length,
-        dropout=settings.dropout,
-        width=settings.dim,
-        normalize=settings.normalize,
-        freeze=settings.freeze,
-        lora=_lora(settings),
-        seed=settings.seed,
-        revision=settings.student_revision,
-        trust_remote_code=settings.trust_remote_code,
-        device=settings.device,
-    )
-    if settings.gradient_checkpointing:
-        checkpoint_activations(model)
-    own_weights = ["learned_temperature.log"] if settings.learn_temperature else []
-    check_learning_rates(settings.learning_rates or {}, model, own_weights)
-    return model
-
-
-def _lora(settings: TrainSettings) -> Lora | None:
-    if settings.lora_rank is None:
-        return None
-    return Lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
 
 
 def _fit(
@@ -246,7 +199,7 @@ def _say_how_it_begins(stores: Stores, settings: TrainSettings, checkpoint: Path
         sum(rows.values()),
         sum(counts),
         settings.batch_size * processes,
-        settings.max_steps or math.ceil(sum(counts) * settings.epochs),
+        num_steps(settings, sum(counts)),
     )
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)

@@ -108,9 +108,7 @@ class FiniteSteps:
         less = "a lower --learning-rate" + (", or without --bf16" if self._bf16 else "")
         checkpoint = self._run.last_checkpoint()
         if checkpoint is None:
-            advice = (
-                f"there is no checkpoint yet: begin anew (--overwrite) with {less}, and with a smaller --save-steps"
-            )
+            advice = f"there is no checkpoint yet: try {less}, and a smaller --save-steps"
         else:
             advice = (
                 f"the last good checkpoint is {checkpoint}: begin a new run there (--student {checkpoint}) with "

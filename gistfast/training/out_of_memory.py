@@ -18,12 +18,12 @@ _ASKED_FOR = re.compile(r"(?:tried to|unable to) allocate (\d[\d.]* \w+)", re.IG
 
 
 @contextmanager
-def memory_errors_in_one_line(trainer: GuidedTrainer, run: RunFolder, *, recomputes: bool) -> Iterator[None]:
+def memory_errors_in_one_line(trainer: GuidedTrainer, run: RunFolder | None, *, recomputes: bool) -> Iterator[None]:
     """Turn what is raised where memory ran out into one line; everything else passes.
 
     Args:
         trainer: Says which step it is and how its texts are embedded.
-        run: Has the checkpoints.
+        run: Has the checkpoints; None where there is nothing to go on with.
         recomputes: Whether the student recomputes its activations already.
 
     Raises:
@@ -49,10 +49,10 @@ def _ran_out(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in _SIGNS)
 
 
-def _advice(trainer: GuidedTrainer, run: RunFolder, recomputes: bool) -> str:
+def _advice(trainer: GuidedTrainer, run: RunFolder | None, recomputes: bool) -> str:
     """How the texts are embedded, and which settings need less memory; a resumed run may have all but the batch."""
     budget = cast(MixedCollator, trainer.data_collator).of_stores[0].passes.budget
-    checkpoint = run.last_checkpoint()
+    checkpoint = None if run is None else run.last_checkpoint()
     if not budget:
         where = "" if checkpoint is None else f", which may begin where this one stood (--student {checkpoint})"
         return f"with all texts of a batch in one pass: try a smaller --batch-size in a new run{where}"
@@ -61,5 +61,8 @@ def _advice(trainer: GuidedTrainer, run: RunFolder, recomputes: bool) -> str:
         ways.append("--cached, which keeps the activations of one pass in place of all")
     if not recomputes:
         ways.append("--gradient-checkpointing")
+    advice = f"with --tokens-per-forward {budget}: try {', and '.join(ways)}"
+    if run is None:
+        return advice
     where = "begins anew: there is no checkpoint yet" if checkpoint is None else f"goes on from {checkpoint}"
-    return f"with --tokens-per-forward {budget}: try {', and '.join(ways)}; --resume {where}"
+    return f"{advice}; --resume {where}"

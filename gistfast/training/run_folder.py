@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # What a resumed run may change: where things lie and who is told, nothing that the weights depend on.
 FREE_SETTINGS = (
     *("store", "out", "resume", "overwrite", "device", "workers"),
-    *("trackers", "save_total_limit", "picture", "push_to_hub"),
+    *("trackers", "save_total_limit", "picture", "push_to_hub", "dry_run"),
 )
 
 # What it may change, too: how a step is taken in the memory that there is, which moves no loss but for rounding and the
