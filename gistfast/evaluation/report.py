@@ -23,6 +23,8 @@ RETRIEVAL = {
     "recall@10": "recall@10",
     "recall@100": "recall@100",
 }
+# How sentence-transformers' evaluator calls the correlation with scored pairs.
+SPEARMAN = "spearman_cosine"
 # From pale to dark, told apart in print too.
 COLOURS = ("#b6c2cf", "#e8590c", "#343a40")
 

@@ -147,11 +147,18 @@ class TrainSettings(Settings):
 
     logging_steps: int = setting(1, "Steps between two lines of the log.", at_least=1)
     eval_steps: int = setting(0, "Steps between two evaluations on the held-out rows; 0 for none.", at_least=0)
+    eval_sts: str | None = setting(
+        None,
+        "File of scored pairs (columns sentence1, sentence2 and score) that is evaluated beside the held-out rows, or "
+        "alone where there are none.",
+    )
     keep_best: bool = setting(
-        False, "Save the student of the evaluation with the highest nDCG@10 in place of the last one."
+        False,
+        "Save the student of the evaluation with the highest nDCG@10, or Spearman where no rows are held out, in place "
+        "of the last one.",
     )
     patience: int | None = setting(
-        None, "Evaluations without a better nDCG@10 after which the run stops, with --keep-best.", at_least=1
+        None, "Evaluations without a better score after which the run stops, with --keep-best.", at_least=1
     )
     save_steps: int = setting(500, "Steps between two checkpoints; 0 for none but at Ctrl-C.", at_least=0)
     save_total_limit: int = setting(2, "Checkpoints to keep.", at_least=1)

@@ -22,6 +22,8 @@ def refuse_useless_options(settings: "TrainSettings") -> None:
         raise ConfigError("--lora-alpha, --lora-dropout and --lora-targets do nothing without --lora-rank: give a rank")
     if settings.lora_rank is not None and settings.freeze:
         raise ConfigError("--lora-rank freezes all of the student's transformer: leave --freeze out")
+    if settings.eval_sts is not None and not settings.eval_steps:
+        raise ConfigError(f"--eval-sts {settings.eval_sts} does nothing without evaluations: give --eval-steps")
     if settings.keep_best and not settings.eval_steps:
         raise ConfigError("--keep-best needs evaluations to compare: give --eval-steps")
     if settings.patience is not None and not settings.keep_best:

@@ -136,6 +136,7 @@ def _without_traces(settings: TrainSettings, folder: str, steps: int) -> TrainSe
         out=folder,
         max_steps=steps,
         eval_steps=0,
+        eval_sts=None,
         keep_best=False,
         patience=None,
         save_steps=0,

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
 from gistfast.errors import ConfigError, DataError, DependencyError, first_line
 from gistfast.evaluation.judged import read_retrieval, read_scored_pairs
 from gistfast.evaluation.retrieval import RetrievalTask, held_out_retrieval, retrieval_evaluator, retrieval_scores
+from gistfast.evaluation.similarity import similarity_evaluator, spearman
 from gistfast.models.folder import model_folder
 from gistfast.models.pretrained import load_sentence_transformer, pick_device
 from gistfast.progress import console
@@ -54,10 +54,9 @@ def evaluate(model: str | Path, **options: Any) -> dict[str, Any]:
     if task is not None:
         results["retrieval"] = _retrieval(loaded, task, settings)
     if pairs is not None:
-        spearman = sts_spearman(
-            loaded, pairs.sentences1, pairs.sentences2, pairs.scores, batch_size=settings.batch_size
-        )
-        results["sts"] = {"source": pairs.source, "pairs": len(pairs.scores), "spearman": spearman}
+        by_cosine = similarity_evaluator(pairs, batch_size=settings.batch_size, show_progress=console.is_terminal)
+        counts = {"source": pairs.source, "pairs": len(pairs.scores)}
+        results["sts"] = counts | {"spearman": spearman(loaded, by_cosine)}
     if tasks:
         results["mteb"] = _mteb_scores(loaded, tasks, settings.batch_size)
     if settings.out is not None:
@@ -65,27 +64,6 @@ def evaluate(model: str | Path, **options: Any) -> dict[str, Any]:
         write_json(Path(settings.out), results)
         logger.info("wrote %s", settings.out)
     return results
-
-
-def sts_spearman(
-    model: SentenceTransformer,
-    sentences1: Sequence[str],
-    sentences2: Sequence[str],
-    scores: Sequence[float],
-    *,
-    batch_size: int = 32,
-) -> float:
-    """Spearman's correlation of the cosines of the pairs with the scores that people gave, in [-1, 1]."""
-    evaluator = EmbeddingSimilarityEvaluator(
-        list(sentences1),
-        list(sentences2),
-        list(scores),
-        main_similarity="cosine",
-        batch_size=batch_size,
-        show_progress_bar=console.is_terminal,
-        write_csv=False,
-    )
-    return float(evaluator(model)["spearman_cosine"])
 
 
 def _retrieval_task(settings: EvaluateSettings) -> RetrievalTask | None:

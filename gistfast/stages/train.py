@@ -57,6 +57,7 @@ def train(
 
     Raises:
         ConfigError: When a setting is bad, contradicts a store, or `out` holds something else.
+        DataError: When the file of scored pairs cannot be read.
         DependencyError: When a tracker, or peft for an adapter, is not installed.
         GistfastError: When the disk is full; what was saved is kept.
         ModelError: When the student does not load.
@@ -221,7 +222,10 @@ def _save(
     if has_lora(model) and settings.keep_layers is None:
         save_adapter(model, run.adapter, settings.student)
     manifests = {name: store.manifest for name, store in stores.items()}
-    section = guide_section(manifests, settings, report.dropped, report.best_step, processes=processes)
+    best_by = "nDCG@10" if "ndcg@10" in report.evaluation else "Spearman's correlation"
+    section = guide_section(
+        manifests, settings, report.dropped, report.best_step, best_by=best_by, processes=processes
+    )
     add_section(run.path / "README.md", section)
     if settings.picture:
         _draw(run)

@@ -6,6 +6,7 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
+from gistfast.evaluation.judged import read_scored_pairs
 from gistfast.settings.stages import TrainSettings
 from gistfast.students.lora import Lora
 from gistfast.students.student import check_learning_rates, checkpoint_activations, load_student
@@ -23,6 +24,7 @@ def open_run(settings: TrainSettings, *, processes: int = 1) -> tuple[Stores, Ru
 
     Raises:
         ConfigError: When a setting contradicts a store, or the folder holds something else.
+        DataError: When the file of scored pairs cannot be read.
         DependencyError: When faiss is needed and not installed.
         StoreError: When a store is not there or not complete.
     """
@@ -32,9 +34,13 @@ def open_run(settings: TrainSettings, *, processes: int = 1) -> tuple[Stores, Ru
         batch_size=settings.batch_size,
         mined_negatives=settings.mined_negatives,
         evaluate=settings.eval_steps > 0,
+        only_rows=settings.eval_sts is None,
         processes=processes,
     )
-    # Made here to be refused here: a store without tasks, clusters without faiss.
+    if settings.eval_sts is not None:
+        # Read here to be refused here, as what follows is made.
+        read_scored_pairs(settings.eval_sts)
+    # A store without tasks, clusters without faiss.
     check_steps(mixed_batches(stores, settings, processes), settings.batch_size)
     run = RunFolder(Path(settings.out).expanduser())
     if settings.resume and len(names := run.store_names()) == len(stores):

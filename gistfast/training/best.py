@@ -1,5 +1,6 @@
-"""Which evaluation of a run was the best, by nDCG@10 on the held-out rows, and when to wait no longer for a better one.
+"""Which evaluation of a run was the best, and when to wait no longer for a better one.
 
+Students are compared by nDCG@10 on held-out rows, or where there are none by Spearman's correlation on scored pairs.
 All follows from the log of the run, which the checkpoints hold: a resumed run decides as an undisturbed one.
 """
 
@@ -10,18 +11,25 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gistfast.evaluation.report import SPEARMAN
 from gistfast.evaluation.retrieval import HELD_OUT
+from gistfast.evaluation.similarity import STS
 
 logger = logging.getLogger(__name__)
 
 History = Sequence[Mapping[str, Any]]
 
-_MEASURE = "ndcg@10"
+_NDCG = "ndcg@10"
 
 
-def score_name(model: SentenceTransformer) -> str:
-    """What the trainer's log calls the score by which students are compared; of several stores it is the mean."""
-    return f"eval_{HELD_OUT}_{model.similarity_fn_name}_{_MEASURE}"
+def score_name(model: SentenceTransformer, *, held_out: bool) -> str:
+    """What the trainer's log calls the score by which students are compared; of several stores it is the mean.
+
+    Args:
+        model: The student.
+        held_out: Whether there are held-out rows.
+    """
+    return f"eval_{HELD_OUT}_{model.similarity_fn_name}_{_NDCG}" if held_out else f"eval_{STS}_{SPEARMAN}"
 
 
 def best_step(history: History) -> int | None:
@@ -41,11 +49,15 @@ def out_of_patience(history: History, patience: int | None) -> bool:
 
 def _scores(history: History) -> dict[int, float]:
     """Score by step, ascending."""
+    return _scores_by(_NDCG, history) or _scores_by(SPEARMAN, history)
+
+
+def _scores_by(measure: str, history: History) -> dict[int, float]:
     return {
         record["step"]: value
         for record in history
         for name, value in record.items()
-        if record["step"] and name.startswith(f"eval_{HELD_OUT}_") and name.endswith(f"_{_MEASURE}")
+        if record["step"] and name.startswith("eval_") and name.endswith(f"_{measure}") and "/" not in name
     }
 
 

@@ -82,6 +82,7 @@ def guide_section(
     dropped: Mapping[str, float],
     best_step: int | None = None,
     *,
+    best_by: str = "nDCG@10",
     processes: int = 1,
 ) -> str:
     """The section of the card, in Markdown.
@@ -91,6 +92,7 @@ def guide_section(
         settings: Of the run.
         dropped: Mean share of the candidates dropped in each block.
         best_step: The step whose student was kept, None for the last.
+        best_by: The measure by which it was the best.
         processes: Of the run.
     """
     facts = {f"Dropped, {_BLOCKS[block]}": f"{share:.2%} of the candidates" for block, share in dropped.items()}
@@ -99,7 +101,7 @@ def guide_section(
     settings_shown = _settings_that_matter(settings)
     facts["Student"] = ", ".join([f"began as `{settings_shown['student']}`", *_shape(settings)])
     if best_step is not None:
-        facts["Student"] += f"; kept after step {best_step}, whose nDCG@10 was the highest"
+        facts["Student"] += f"; kept after step {best_step}, whose {best_by} was the highest"
     lines = []
     for name, manifest in manifests.items():
         lines += [f"### Store {name}", ""] if len(manifests) > 1 else []
@@ -189,4 +191,6 @@ def _settings_that_matter(settings: TrainSettings) -> dict[str, Any]:
     """The settings without this machine's paths."""
     values = {name: value for name, value in to_dict(settings).items() if name not in FREE_SETTINGS}
     student = Path(settings.student).expanduser()
+    if settings.eval_sts is not None:
+        values["eval_sts"] = Path(settings.eval_sts).name
     return values | {"student": "/".join(student.resolve().parts[-2:]) if student.is_dir() else settings.student}

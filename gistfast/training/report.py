@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gistfast.evaluation.report import SPEARMAN
 from gistfast.evaluation.retrieval import MEASURES
 
 
@@ -19,8 +20,8 @@ class TrainReport:
         loss: Mean over the steps of the last record of the log, in nats.
         dropped: Share of the candidates dropped in each block ("ap", "aa", "pp", "an"), mean over the log.
         elapsed_s: Seconds of this call.
-        evaluation: Loss, nDCG@10, MRR@10 and recall of the last evaluation on the held-out rows, if any; of the
-            best one where its student was kept.
+        evaluation: Loss, nDCG@10, MRR@10 and recall of the last evaluation on the held-out rows, and Spearman's
+            correlation on scored pairs, if any; of the best evaluation where its student was kept.
         best_step: The step after which the student was kept as the best one, if that was asked for.
         temperature: In the last step, where it changed during the run.
         margin: As `temperature`.
@@ -54,7 +55,7 @@ def train_report(
         elapsed_s: Seconds that the run took.
     """
     steps = [record for record in history if "loss" in record]
-    evaluations = [record for record in history if "eval_loss" in record and best in (None, record["step"])]
+    evaluations = [record for record in history if "eval_runtime" in record and best in (None, record["step"])]
     evaluation = evaluations[-1] if evaluations else {}
     return TrainReport(
         path=path,
@@ -110,6 +111,10 @@ def values_of_stores(record: Mapping[str, Any], measure: str) -> dict[str, float
 
 def _scores(record: Mapping[str, float]) -> dict[str, float]:
     """The measures in a record of an evaluation, under the names that `evaluate` gives them."""
-    own = {name: value for name, value in record.items() if name.startswith("eval_") and "/" not in name}
-    found = {name.rpartition("_")[2]: value for name, value in own.items()}
-    return {name: found[name] for name in ("loss", *MEASURES)}
+    endings = {name: f"_{name}" for name in ("loss", *MEASURES)} | {"spearman": f"_{SPEARMAN}"}
+    return {
+        name: value
+        for name, ending in endings.items()
+        for key, value in record.items()
+        if key.startswith("eval_") and key.endswith(ending) and "/" not in key
+    }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gistfast.errors import DataError, DependencyError
-from gistfast.evaluation.report import RETRIEVAL
+from gistfast.evaluation.report import RETRIEVAL, SPEARMAN
 from gistfast.training.report import values_of_stores
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def _panels(records: Records) -> dict[str, dict[str, Line]]:
         "loss": _lines(records, {"training": "loss", "held-out rows": "eval_loss"}),
         _DROPPED: _lines(records, {name: f"dropped/{block}" for block, name in _BLOCKS.items()}),
         "evaluation on held-out rows": _lines(records, measures),
+        "similarity of scored pairs": _lines(records, {"Spearman": f"_{SPEARMAN}"}),
         "temperature": _lines(records, {"temperature": "temperature"}),
         "loss of each store": _lines_of_stores(records, "loss"),
         "nDCG@10 of each store": _lines_of_stores(records, "_ndcg@10"),

@@ -7,12 +7,15 @@ from functools import partial
 from typing import Any, cast
 
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
 from torch import nn
 from transformers import PrinterCallback
 
 from gistfast.batches import MixedBatches, StoreBatches
 from gistfast.errors import ConfigError
+from gistfast.evaluation.judged import read_scored_pairs
 from gistfast.evaluation.retrieval import held_out_evaluator
+from gistfast.evaluation.similarity import STS, similarity_evaluator
 from gistfast.losses.gist_loss import GISTLoss
 from gistfast.losses.schedules import LOWEST_TEMPERATURE, LearnedTemperature, Schedule
 from gistfast.models.pretrained import pick_device
@@ -68,12 +71,10 @@ def make_trainer(
     columns = max((store.columns for store in stores.values()), key=len)
     prompts = set_prompts(model, columns, settings.query_prompt, settings.document_prompt)
     rows: dict[Split, MixedRows] = {"train": MixedRows(list(stores.values()), "train")}
-    held_out, evaluator = None, None
-    if settings.eval_steps:
+    evaluated = settings.eval_steps > 0 and any(store.held_out.any() for store in stores.values())
+    if evaluated:
         rows["held_out"] = MixedRows(list(stores.values()), "held_out")
-        held_out = card_rows(stores, "held_out")
-        evaluator = held_out_evaluator(stores, batch_size=settings.batch_size)
-    describe_data(model, stores, evaluated=settings.eval_steps > 0)
+    describe_data(model, stores, evaluated=evaluated)
     make_feed = partial(
         feed,
         model,
@@ -91,7 +92,9 @@ def make_trainer(
         ranks.in_turn(partial(batches, rows["train"], settings.batch_size, ranks.count > 1, seed=settings.seed))
     trainer = GuidedTrainer(
         model=model,
-        args=_arguments(settings, batches, ranks, run, prompts, trackers, score_name(model)),
+        args=_arguments(
+            settings, batches, ranks, run, prompts, trackers, score_name(model, held_out=evaluated)
+        ),
         rows=rows,
         form=form,
         losses=_losses(model, stores, settings, gather=ranks.count > 1),
@@ -99,13 +102,15 @@ def make_trainer(
         replay=_replay(model, settings, collators[0].passes) if settings.cached else None,
         data_collator=MixedCollator(collators),
         train_dataset=card_rows(stores, "train"),
-        eval_dataset=held_out,
-        evaluator=evaluator,
+        eval_dataset=card_rows(stores, "held_out") if evaluated else None,
+        evaluator=_evaluator(stores if evaluated else {}, settings.eval_sts, settings.batch_size),
         schedule=_schedule(settings),
     )
     # It prints every record; the bar and the log file have them.
     trainer.remove_callback(PrinterCallback)
     if settings.keep_best:
+        by = "nDCG@10 on the held-out rows" if evaluated else f"Spearman's correlation on {settings.eval_sts}"
+        logger.info("the best student is the one with the highest %s", by)
         trainer.add_callback(KeepBest(settings.patience))
     return trainer
 
@@ -147,6 +152,18 @@ def _losses(
         options["temperature"] = LearnedTemperature(settings.temperature, _lowest_temperature(settings))
     options["gather_across_devices"] = gather
     return {name: GISTLoss(model, store, **options) for name, store in stores.items()}
+
+
+def _evaluator(stores: Stores, sts: str | None, batch_size: int) -> BaseEvaluator | None:
+    """What scores the student: the stores' held-out rows, a file of scored pairs, or both; None for neither."""
+    evaluators: list[BaseEvaluator] = []
+    if stores:
+        evaluators.append(held_out_evaluator(stores, batch_size=batch_size))
+    if sts is not None:
+        evaluators.append(similarity_evaluator(read_scored_pairs(sts), batch_size=batch_size, name=STS))
+    if len(evaluators) < 2:
+        return next(iter(evaluators), None)
+    return SequentialEvaluator(evaluators, main_score_function=lambda scores: scores[0])
 
 
 def _replay(model: SentenceTransformer, settings: TrainSettings, passes: Passes) -> Replay:

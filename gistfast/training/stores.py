@@ -39,8 +39,24 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def check_stores(stores: Stores, *, batch_size: int, mined_negatives: int, evaluate: bool, processes: int = 1) -> None:
+def check_stores(
+    stores: Stores,
+    *,
+    batch_size: int,
+    mined_negatives: int,
+    evaluate: bool,
+    only_rows: bool = True,
+    processes: int = 1,
+) -> None:
     """Refuse stores that have too little for the run; say which are not evaluated.
+
+    Args:
+        stores: By name.
+        batch_size: Rows of a batch.
+        mined_negatives: That each row gets.
+        evaluate: Whether held-out rows are to be evaluated.
+        only_rows: Whether nothing else is, so that some must be there.
+        processes: That take a step together.
 
     Raises:
         ConfigError: When one has fewer rows than a step or fewer mined negatives than asked for, or none has rows to
@@ -58,10 +74,11 @@ def check_stores(stores: Stores, *, batch_size: int, mined_negatives: int, evalu
             check_negatives(store, mined_negatives)
     if evaluate:
         without = [str(store.path) for store in stores.values() if not store.held_out.any()]
-        if len(without) == len(stores):
+        if only_rows and len(without) == len(stores):
             have = "has" if len(without) == 1 else "have"
             raise ConfigError(
-                f"--eval-steps needs held-out rows, {' and '.join(without)} {have} none: make the store with --holdout"
+                f"--eval-steps needs held-out rows, {' and '.join(without)} {have} none: make the store with --holdout "
+                "or give --eval-sts"
             )
         for path in without:
             logger.info("%s has no held-out rows: it is not evaluated", path)

@@ -90,7 +90,9 @@ class GuidedTrainer(SentenceTransformerTrainer):
         return cast(DataLoader[Any], prepared)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """The loader of the held-out rows, whatever the model card calls them: of all of them, in every process."""
+        """The loader of the held-out rows, of all of them in every process; an empty one where there are none."""
+        if "held_out" not in self.rows:
+            return super().get_eval_dataloader(eval_dataset)
         return self._loader(self.rows["held_out"], self.args.eval_batch_size)
 
     def _loader(self, rows: MixedRows, batch_size: int, *, drop_last: bool = False) -> DataLoader[Any]:
@@ -104,9 +106,11 @@ class GuidedTrainer(SentenceTransformerTrainer):
         )
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """The scores of the student as it is."""
+        """The scores of the student as it is; what the training draws afterwards is what it would have drawn before."""
         self.evaluating = True
-        scores: dict[str, float] = super().evaluate(*arguments, **options)
+        # A loader draws a seed for its workers, whether it has any or not.
+        with torch.random.fork_rng(devices=[]):
+            scores: dict[str, float] = super().evaluate(*arguments, **options)
         self.evaluating = False
         return scores
 
