@@ -135,7 +135,7 @@ class RunFolder:
         """
         if not self.record_path.is_file():
             raise ConfigError(
-                f"--out {self.path}: what the first process wrote there is not seen: give a shared folder"
+                f"--out {self.path}: what the first process wrote there is not seen: give a folder that both see"
             )
 
     def checkpoint_of(self, step: int) -> Path:
