@@ -33,7 +33,7 @@ from gistfast.training.ranks import Ranks, join, left_in_one_line, without_their
 from gistfast.training.report import TrainReport, train_report
 from gistfast.training.run_folder import RunFolder, check_same_run, one_line_when_full, step_of
 from gistfast.training.run_picture import draw_run
-from gistfast.training.setup import check_steps, make_trainer, mixed_batches
+from gistfast.training.setup import make_trainer, mixed_batches
 from gistfast.training.store_watch import WatchStores
 from gistfast.training.stores import Stores, num_train_rows
 from gistfast.training.trainer import GuidedTrainer
@@ -223,9 +223,7 @@ def _save(
         save_adapter(model, run.adapter, settings.student)
     manifests = {name: store.manifest for name, store in stores.items()}
     best_by = "nDCG@10" if "ndcg@10" in report.evaluation else "Spearman's correlation"
-    section = guide_section(
-        manifests, settings, report.dropped, report.best_step, best_by=best_by, processes=processes
-    )
+    section = guide_section(manifests, settings, report.dropped, report.best_step, best_by=best_by, processes=processes)
     add_section(run.path / "README.md", section)
     if settings.picture:
         _draw(run)

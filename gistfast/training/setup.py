@@ -92,9 +92,7 @@ def make_trainer(
         ranks.in_turn(partial(batches, rows["train"], settings.batch_size, ranks.count > 1, seed=settings.seed))
     trainer = GuidedTrainer(
         model=model,
-        args=_arguments(
-            settings, batches, ranks, run, prompts, trackers, score_name(model, held_out=evaluated)
-        ),
+        args=_arguments(settings, batches, ranks, run, prompts, trackers, score_name(model, held_out=evaluated)),
         rows=rows,
         form=form,
         losses=_losses(model, stores, settings, gather=ranks.count > 1),
