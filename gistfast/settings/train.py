@@ -64,6 +64,9 @@ class TrainSettings(Settings):
     tokens_per_forward: int | None = setting(
         None, "Tokens of a forward pass, padding included; chosen for the device when left out.", at_least=1
     )
+    attention: Literal["auto", "padded", "unpadded"] = setting(
+        "auto", "Texts padded to one length or in one row; auto is one row where that runs and gives the same vectors."
+    )
     cached: bool = setting(False, "Embed every text twice, so that memory no longer limits the batch.")
     replay_tolerance: float = setting(
         0.0,

@@ -65,15 +65,17 @@ class InputForm:
     constants: tuple[dict[str, Any], ...]
     kind_of_prompt: tuple[int, ...]
 
+    def embed(self, model: Any, texts: TextSet, first: int, end: int, kind: int) -> Tensor:
+        """The vectors of the texts from `first` to `end`, by one forward pass of the student."""
+        vectors: Tensor = model(self.features(texts, first, end, kind))["sentence_embedding"]
+        return vectors
+
     def features(self, texts: TextSet, first: int, end: int, kind: int) -> dict[str, Any]:
         """The features of the texts from `first` to `end`, as the student takes them."""
-        starts, lengths = texts.starts[first:end], texts.lengths[first:end]
         if self.padding == "none":
-            ends = lengths.cumsum(0)
-            total = int(texts.sizes[first:end].sum())
-            places = torch.repeat_interleave(starts - (ends - lengths), lengths, output_size=total)
-            ids = texts.tokens[places + torch.arange(total, device=places.device)]
-            return {"input_ids": ids.long(), "offsets": ends - lengths, **self.constants[kind]}
+            ids, offsets = self.one_row(texts, first, end)
+            return {"input_ids": ids, "offsets": offsets, **self.constants[kind]}
+        starts, lengths = texts.starts[first:end], texts.lengths[first:end]
         longest = int(texts.sizes[first:end].max())
         columns = torch.arange(longest, device=starts.device).expand(end - first, -1)
         if self.padding == "left":
@@ -83,6 +85,15 @@ class InputForm:
         ids = torch.where(inside, texts.tokens[places].long(), self.pad_id)
         zeros = {name: torch.zeros_like(ids) for name in self.zeros}
         return {"input_ids": ids, "attention_mask": inside.long(), **zeros, **self.constants[kind]}
+
+    @staticmethod
+    def one_row(texts: TextSet, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """The tokens of the texts from `first` to `end`, one text after the other, and where each begins in them."""
+        starts, lengths = texts.starts[first:end], texts.lengths[first:end]
+        offsets = lengths.cumsum(0) - lengths
+        total = int(texts.sizes[first:end].sum())
+        places = torch.repeat_interleave(starts - offsets, lengths, output_size=total)
+        return texts.tokens[places + torch.arange(total, device=places.device)].long(), offsets
 
 
 def input_form(model: SentenceTransformer, prompts: Sequence[str]) -> InputForm:

@@ -63,6 +63,27 @@ class WholePasses(Passes):
         return int(sizes.sum())
 
 
+class PackedPasses(Passes):
+    """As few passes as the budget allows, for students whose texts stand in one row without padding."""
+
+    def __init__(self, budget: int) -> None:
+        super().__init__(budget, overhead=0)
+
+    def cut_kind(self, sizes: Array) -> list[tuple[int, int]]:
+        """Each pass takes the next texts that it has room for."""
+        ends = np.cumsum(sizes)
+        cuts, first, taken = [], 0, 0
+        while first < len(sizes):
+            end = max(int(np.searchsorted(ends, taken + self.budget, side="right")), first + 1)
+            cuts.append((first, end))
+            first, taken = end, int(ends[end - 1])
+        return cuts
+
+    def num_tokens(self, sizes: Array, forwards: Array) -> int:
+        """As many as there are."""
+        return int(sizes.sum())
+
+
 def cut_forwards(sizes: Array, budget: int, overhead: int) -> list[tuple[int, int]]:
     """First text and last text + 1 of each forward pass, such that their cost is least.
 

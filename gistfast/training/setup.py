@@ -20,6 +20,7 @@ from gistfast.losses.gist_loss import GISTLoss
 from gistfast.losses.schedules import LOWEST_TEMPERATURE, LearnedTemperature, Schedule
 from gistfast.models.pretrained import pick_device
 from gistfast.settings.stages import TrainSettings
+from gistfast.training.attention import choose_form
 from gistfast.training.best import KeepBest, score_name
 from gistfast.training.collate import MixedCollator, MixedRows, Split
 from gistfast.training.feed import feed, set_prompts
@@ -86,6 +87,7 @@ def make_trainer(
         on_cpu=pick_device(settings.device) == "cpu",
     )
     form, collators = ranks.in_turn(make_feed)
+    form = choose_form(model, form, collators, attention=settings.attention, bf16=settings.bf16)
     batches = mixed_batches(stores, settings, ranks.count)
     if settings.batching == "cluster":
         # The trainer makes a sampler of its own, which finds the clusters.

@@ -49,8 +49,7 @@ class Replay:
 
 def embed(model: Any, form: InputForm, texts: TextSet) -> Tensor:
     """The vectors (N, D) of the texts, in their order; every pass keeps its graph where gradients are on."""
-    parts = [model(form.features(texts, *forward))["sentence_embedding"] for forward in texts.forwards.tolist()]
-    return torch.cat(parts)
+    return torch.cat([form.embed(model, texts, *forward) for forward in texts.forwards.tolist()])
 
 
 def replayed_loss(
@@ -78,7 +77,7 @@ def replayed_loss(
     with torch.no_grad():
         for forward in texts.forwards.tolist():
             states.append(RandContext(texts.tokens))
-            parts.append(model(form.features(texts, *forward))["sentence_embedding"])
+            parts.append(form.embed(model, texts, *forward))
     vectors = torch.cat(parts).requires_grad_()
     loss = loss_of(vectors)
     gradient, *own_gradients = torch.autograd.grad(loss, [vectors, *own_weights])
@@ -125,5 +124,5 @@ def _carry_back(
         waits = isinstance(model, DistributedDataParallel) and number < len(passes) - 1
         with model.no_sync() if waits else nullcontext():
             with torch.enable_grad(), states[number] if states else nullcontext():
-                vectors = model(form.features(texts, first, end, kind))["sentence_embedding"]
-            vectors.backward((gradient[first:end] * scale).to(vectors.dtype))
+                vectors = form.embed(model, texts, first, end, kind)
+            torch.autograd.backward(vectors, (gradient[first:end] * scale).to(vectors.dtype))
