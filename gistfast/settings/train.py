@@ -105,6 +105,10 @@ class TrainSettings(Settings):
     seed: int = setting(42, "Decides the order of the rows and every other draw.", at_least=0)
     dropout: float | None = setting(None, "Dropout of the student; its own when left out.", at_least=0, below=1)
     bf16: bool = setting(False, "Compute in bfloat16 where it is safe.")
+    compile: bool = setting(
+        False,
+        "Compile the student's transformer, one graph for passes of any size, padded: for GPUs, a CPU gains nothing.",
+    )
     gradient_checkpointing: bool = setting(False, "Recompute activations instead of keeping them.")
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto", "Device of the student; CUDA_VISIBLE_DEVICES chooses among GPUs."

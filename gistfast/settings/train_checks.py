@@ -24,6 +24,8 @@ def refuse_useless_options(settings: "TrainSettings") -> None:
         raise ConfigError("--lora-rank freezes all of the student's transformer: leave --freeze out")
     if settings.eval_sts is not None and not settings.eval_steps:
         raise ConfigError(f"--eval-sts {settings.eval_sts} does nothing without evaluations: give --eval-steps")
+    if settings.compile and settings.attention == "unpadded":
+        raise ConfigError("--compile compiles padded passes: leave it out, or --attention unpadded")
     if settings.keep_best and not settings.eval_steps:
         raise ConfigError("--keep-best needs evaluations to compare: give --eval-steps")
     if settings.patience is not None and not settings.keep_best:

@@ -3,6 +3,7 @@
 begin       what a run has before its first step; stores, its guide stores; setup, a trainer from settings
 feed        prompts, tokens, and the collators over them
 attention   padded texts, or texts in one row
+compilation of the student; trial, a few texts before the first step
 collate     row numbers to a batch; passes, how it is cut into forward passes
 step        vectors of a batch, and the way of the gradient back
 trainer     sentence-transformers' trainer with that step

@@ -23,6 +23,7 @@ from gistfast.settings.stages import TrainSettings
 from gistfast.training.attention import choose_form
 from gistfast.training.best import KeepBest, score_name
 from gistfast.training.collate import MixedCollator, MixedRows, Split
+from gistfast.training.compilation import compile_student
 from gistfast.training.feed import feed, set_prompts
 from gistfast.training.modelcard import card_rows, describe_data
 from gistfast.training.non_finite import FiniteSteps
@@ -87,7 +88,10 @@ def make_trainer(
         on_cpu=pick_device(settings.device) == "cpu",
     )
     form, collators = ranks.in_turn(make_feed)
-    form = choose_form(model, form, collators, attention=settings.attention, bf16=settings.bf16)
+    if settings.compile:
+        form = compile_student(model, form, collators[0], bf16=settings.bf16)
+    else:
+        form = choose_form(model, form, collators, attention=settings.attention, bf16=settings.bf16)
     batches = mixed_batches(stores, settings, ranks.count)
     if settings.batching == "cluster":
         # The trainer makes a sampler of its own, which finds the clusters.
