@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
+from attention_cases import ENCODERS, TEXTS, forms
+from attention_cases import make_student as new_student
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor
 from torch.nn.attention import varlen
 from train_cases import ROWS, steps, train_small
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from gistfast.errors import ConfigError, ModelError
 from gistfast.models import packed_attention
 from gistfast.store import GuideStore
-from gistfast.students.input import InputForm, input_form, text_set
+from gistfast.students.input import InputForm, input_form
 from gistfast.students.packed import pack
 from gistfast.students.student import checkpoint_activations, load_student, set_dropout
 from gistfast.students.tokenising import tokenise
@@ -30,34 +30,6 @@ from gistfast.training.feed import feed
 from gistfast.training.passes import PackedPasses, Passes
 from gistfast.training.step import Replay, embed, replayed_loss
 
-# From one word to more words than a student sees.
-TEXTS = ["oak", "a motor vehicle", "so many words that they have to be cut " * 20, "judge", "flat land " * 9, "river"]
-SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
-ENCODERS: dict[str, dict[str, Any]] = {
-    "Bert": {"max_position_embeddings": 32},
-    # Positions are counted from behind that of padding.
-    "XLMRoberta": {"max_position_embeddings": 34, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-    "DistilBert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 32},
-    # Two layers of three see seven tokens to either side.
-    "ModernBert": {"local_attention": 14, "global_attn_every_n_layers": 3, "pad_token_id": 0},
-    # Causal, with one head of keys for two of queries.
-    "Qwen3": {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0},
-    # Causal, and tokens see six before them.
-    "Mistral": {"num_key_value_heads": 4, "sliding_window": 7, "pad_token_id": 0},
-}
-
-
-def encoder(name: str, folder: Path, tokenizer: Any, **config: Any) -> Path:
-    """An encoder with random weights that are large enough for attention to be uneven."""
-    torch.manual_seed(0)
-    made = getattr(transformers, f"{name}Config")(vocab_size=len(tokenizer), **SIZE | config)
-    model = getattr(transformers, f"{name}Model")(made)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture(scope="module")
 def make_student(guide_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SentenceTransformer]:
@@ -65,24 +37,10 @@ def make_student(guide_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     tokenizer = AutoTokenizer.from_pretrained(guide_folder)
 
     def make(name: str = "Bert", *, pooling: Any = "mean", config: Any = None) -> SentenceTransformer:
-        config = ENCODERS[name] if config is None else config
-        folder = encoder(name, tmp_path_factory.mktemp(name), tokenizer, **config)
-        modules = [Transformer(str(folder), max_seq_length=32), Pooling(32, pooling)]
-        model = SentenceTransformer(modules=modules, device="cpu").train()
-        set_dropout(model, 0.0)
-        return model
+        folder = tmp_path_factory.mktemp(name)
+        return new_student(name, folder, tokenizer, pooling, ENCODERS[name] if config is None else config, "cpu")
 
     return make
-
-
-def forms(model: SentenceTransformer, texts: list[str], prompt: str = "") -> tuple[tuple[InputForm, Any], ...]:
-    """What the student takes, padded and in one row, with the passes over the texts."""
-    form = input_form(model, [prompt])
-    tokens, sizes = tokenise(model, texts, prompt)
-    order = np.zeros(len(texts), np.int64)
-    padded = text_set(tokens, sizes, np.array([(0, 2, 0), (2, len(texts), 0)]))
-    in_rows = text_set(tokens, sizes, PackedPasses(40).cut(sizes, order))
-    return (form, padded), (pack(model, form), in_rows)
 
 
 def gradients(model: SentenceTransformer, vectors: Tensor) -> dict[str, Tensor]:

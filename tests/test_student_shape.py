@@ -13,8 +13,11 @@ from tokenizers.models import WordLevel
 from train_cases import ROWS, resumes_exactly, same_weights, train_small, weights
 
 from gistfast.errors import ConfigError, ModelError
+from gistfast.settings.stages import TrainSettings, build
 from gistfast.students.layers import freeze_parts
 from gistfast.students.student import load_student
+from gistfast.training.run_folder import RunFolder
+from gistfast.training.setup import make_trainer
 
 TEXTS = ["a dog runs in the park", "rates"]
 
@@ -164,3 +167,14 @@ def test_settings_of_the_shape_stand_in_the_record(run: Callable[..., Any]) -> N
     kept = json.loads((report.path / "gistfast.json").read_text())["settings"]
     assert (kept["dim"], kept["normalize"], kept["freeze"]) == (8, True, ["embeddings"])
     assert kept["learning_rates"] == {"head": 0.01}
+
+
+def test_optimizer_is_fused_adamw_whatever_the_rates(tiny_student: Path, make_store: Any, tmp_path: Path) -> None:
+    options = {"store": "store", "student": "student", "out": tmp_path / "out", "device": "cpu"}
+    settings = build(TrainSettings, {**options, "learning_rates": {"embeddings": 1e-6}})
+    student = load_student(str(tiny_student), device="cpu")
+    trainer = make_trainer(student, make_store(ROWS), settings, RunFolder(tmp_path / "out"), [])
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-6, settings.learning_rate}
+    assert all(group["fused"] for group in optimizer.param_groups)

@@ -8,7 +8,7 @@ Shapes: N texts, F forward passes, T tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -45,6 +45,11 @@ class TextSet:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def to(self, device: torch.device | str) -> "TextSet":
+        """The same texts on a device."""
+        moved = {name: getattr(self, name).to(device) for name in ("tokens", "starts", "lengths")}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,8 @@ def some_texts(model: SentenceTransformer, collator: Collator) -> TextSet:
     columns = zip(entries.T, collator.tokens_of_column, strict=False)
     sizes = [collator.tokens[number].lengths(column) for column, number in columns]
     longest = np.stack(sizes).max(axis=0).argmax()
-    texts = TextSet(**collator(np.unique([*range(min(_NUM_TRIED, len(entries))), longest]))["texts"])
-    return replace(texts, **{name: getattr(texts, name).to(model.device) for name in ("tokens", "starts", "lengths")})
+    rows = np.unique([*range(min(_NUM_TRIED, len(entries))), longest])
+    return TextSet(**collator(rows)["texts"]).to(model.device)
 
 
 def early_weights(model: SentenceTransformer) -> Sequence[Tensor]:
