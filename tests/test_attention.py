@@ -13,10 +13,11 @@ import torch
 from attention_cases import ENCODERS, TEXTS, forms
 from attention_cases import make_student as new_student
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor
 from torch.nn.attention import varlen
 from train_cases import ROWS, steps, train_small
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from gistfast.errors import ConfigError, ModelError
 from gistfast.models import packed_attention
@@ -202,6 +203,19 @@ def test_student_with_attention_of_its_own_takes_padded_texts(
     assert refused(choose, student, caplog) == "MPNetModel computes attention in its own way"
 
 
+def test_student_with_a_bias_for_positions_takes_padded_texts(
+    choose: Any, guide_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(guide_folder)
+    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    modules = [Transformer(str(tmp_path / "t5"), max_seq_length=32), Pooling(16)]
+    student = SentenceTransformer(modules=modules, device="cpu")
+    assert refused(choose, student, caplog)
+    assert student[0].model.config._attn_implementation == "sdpa"
+
+
 def test_packed_passes_that_are_wrong_are_not_taken(
     choose: Any,
     make_student: Callable[..., SentenceTransformer],
@@ -363,6 +377,16 @@ def test_dropout_of_attention_weights_is_refused_on_a_gpu() -> None:
         packed_attention.packed_attention(
             torch.nn.Identity(), query, query, query, None, 0.1, cu_seq_lens_q=torch.tensor([0, 1]), max_length_q=1
         )
+
+
+@pytest.mark.parametrize("option", ["position_bias", "softcap", "s_aux"])
+def test_what_packed_attention_does_not_do_is_refused(option: str) -> None:
+    query = torch.zeros(1, 2, 5, 8)
+    with pytest.raises(ModelError, match="its attention "):
+        packed_attention.packed_attention(
+            torch.nn.Identity(), query, query, query, None, cu_seq_lens_q=torch.tensor([0, 5]), max_length_q=5,
+            **{option: torch.ones(1)},
+        )  # fmt: skip
 
 
 def test_fp32_run_on_a_gpu_is_told_of_bf16(choose: Any, make_student: Callable[..., SentenceTransformer]) -> None:

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from train_cases import ROWS, same_weights, steps, train_small
 
 from gistfast.errors import ConfigError
-from gistfast.settings.stages import TrainSettings
+from gistfast.settings.stages import TrainSettings, build
 from gistfast.store import GuideStore
 from gistfast.students.compiled import compiled
 from gistfast.students.input import InputForm, TextSet, input_form, text_set
@@ -143,4 +143,4 @@ def test_missing_compiler_is_said_in_one_line(
 
 def test_unpadded_passes_are_not_compiled() -> None:
     with pytest.raises(ConfigError, match="--compile compiles padded passes"):
-        TrainSettings(store="store", student="student", out="out", compile=True, attention="unpadded").check()
+        build(TrainSettings, {"store": "a", "student": "b", "out": "c", "compile": True, "attention": "unpadded"})

@@ -173,7 +173,7 @@ def test_optimizer_is_fused_adamw_whatever_the_rates(tiny_student: Path, make_st
     options = {"store": "store", "student": "student", "out": tmp_path / "out", "device": "cpu"}
     settings = build(TrainSettings, {**options, "learning_rates": {"embeddings": 1e-6}})
     student = load_student(str(tiny_student), device="cpu")
-    trainer = make_trainer(student, make_store(ROWS), settings, RunFolder(tmp_path / "out"), [])
+    trainer = make_trainer(student, {"store": make_store(ROWS)}, settings, RunFolder(tmp_path / "out"), [])
     optimizer = trainer.create_optimizer()
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-6, settings.learning_rate}

@@ -66,10 +66,13 @@ _HOLDOUT = 0.1
 
 _LIVE = ("mnrl", "gist", "cached gist", "gistfast")
 _LARGE = ("cached gist", "gistfast cached", "gistfast tolerance 0.05")
+_WAYS = ("gistfast padded", "gistfast compiled", "gistfast")
 CASES = (
     Case("mixed-64", 64, _LIVE, steps=5),
     Case("mixed-256", 256, _LIVE, steps=2),
     Case("equal-64", 64, ("mnrl", "gistfast"), steps=5, num_rows=448, max_length=128, equal=True),
+    Case("ways-64", 64, _WAYS, steps=5),
+    Case("ways-short-64", 64, _WAYS, steps=5, max_length=32),
     Case("large-2048", 2048, _LARGE, steps=1, warm_up=False),
     Case("quality-2048", 2048, _LARGE[1:], steps=6, num_rows=9216, max_length=32, seeds=3),
     Case("whole-64", 64, ("mnrl", "gistfast"), steps=16, whole=True),

@@ -36,6 +36,8 @@ from gistfast.training.trainer import GuidedTrainer
 PEERS = {"mnrl": "MultipleNegativesRankingLoss", "gist": "GISTEmbedLoss", "cached gist": "CachedGISTEmbedLoss"}
 OURS: dict[str, dict[str, Any]] = {
     "gistfast": {},
+    "gistfast padded": {"attention": "padded"},
+    "gistfast compiled": {"compile": True},
     "gistfast cached": {"cached": True},
     "gistfast tolerance 0.05": {"cached": True, "replay_tolerance": 0.05},
 }
