@@ -199,6 +199,7 @@ def record(store: GuideStore, **changes: Any) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "guides": [asdict(guide) for guide in manifest.guides],
         "data": asdict(manifest.data),
+        "mined": None,
         **changes,
     }
 
@@ -221,4 +222,7 @@ def test_difference_names_what_differs(store: GuideStore, source: RowSource, mor
     ]
     second = make_store(store.path, source, replace(GUIDE, name="second", weights_hash="2"), mode="add_guide")
     assert store_difference(before, record(second)) == "the store had guides guide, found guide and second"
+    assert store_difference(before, before | {"mined": "mined/1"}) == (
+        "the negatives of the store were mined otherwise, or anew"
+    )
     assert "had fingerprint" in str(store_difference(before, before | {"fingerprint": "0"}))

@@ -175,6 +175,9 @@ def test_mined_negatives_are_candidates(run: Callable[..., TrainReport], guide_f
     assert not (tmp_path / "student").exists()
     report = run(store=store.path, mined_negatives=2, workers=1)
     assert set(report.dropped) == {"ap", "aa", "pp", "an"}
+    make_store(folder, guide_folder, negatives=2, negatives_margin=0.2, resume=True)
+    with pytest.raises(ConfigError, match="the negatives of the store were mined otherwise"):
+        run(store=store.path, mined_negatives=2, workers=1, resume=True)
 
 
 def test_evaluation_is_in_log_and_report(run: Callable[..., TrainReport]) -> None:

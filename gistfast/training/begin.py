@@ -46,7 +46,7 @@ def open_run(settings: TrainSettings, *, processes: int = 1) -> tuple[Stores, Ru
     if settings.resume and len(names := run.store_names()) == len(stores):
         # As its log calls them, wherever they lie now.
         stores = dict(zip(names, stores.values(), strict=True))
-    record = run_record(settings, {name: store.manifest for name, store in stores.items()}, processes)
+    record = run_record(settings, stores, processes)
     run.check(record, resume=settings.resume, overwrite=settings.overwrite)
     return stores, run, record
 

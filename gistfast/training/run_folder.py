@@ -14,7 +14,7 @@ OUT/
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from gistfast.store.files import write_json
 from gistfast.training.store_change import stores_difference
 
 if TYPE_CHECKING:
-    from gistfast.store import Manifest
+    from gistfast.training.stores import Stores
 
 # What a resumed run may change: where things lie and who is told, nothing that the weights depend on.
 FREE_SETTINGS = (
@@ -165,22 +165,23 @@ def step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
-def run_record(settings: TrainSettings, manifests: Mapping[str, "Manifest"], processes: int) -> dict[str, Any]:
+def run_record(settings: TrainSettings, stores: "Stores", processes: int) -> dict[str, Any]:
     """What a run is made from, as JSON knows it.
 
-    Settings, the number of processes, and fingerprint, guides and data of each store by name.
+    Settings, the number of processes, and fingerprint, guides, data and mined negatives of each store by name.
     """
-    stores: list[dict[str, Any]] = [
+    records: list[dict[str, Any]] = [
         {
             "name": name,
-            "fingerprint": manifest.fingerprint,
-            "guides": [asdict(guide) for guide in manifest.guides],
-            "data": {**asdict(manifest.data), "fingerprint": manifest.data.fingerprint},
+            "fingerprint": store.fingerprint,
+            "guides": [asdict(guide) for guide in store.manifest.guides],
+            "data": {**asdict(store.manifest.data), "fingerprint": store.manifest.data.fingerprint},
+            "mined": store.mined_kind if settings.mined_negatives else None,
         }
-        for name, manifest in manifests.items()
+        for name, store in stores.items()
     ]
-    store = stores[0] if len(stores) == 1 else stores
-    return {"settings": to_dict(settings), "processes": processes, "store": store}
+    of_stores = records[0] if len(records) == 1 else records
+    return {"settings": to_dict(settings), "processes": processes, "store": of_stores}
 
 
 def check_same_run(records: Sequence[dict[str, Any]]) -> None:

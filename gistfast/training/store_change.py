@@ -31,7 +31,8 @@ def store_difference(before: Record, after: Record) -> str | None:
         after: The same of a store that is there.
     """
     if before["fingerprint"] == after["fingerprint"]:
-        return None
+        mined = before.get("mined"), after["mined"]
+        return None if mined[0] == mined[1] else "the negatives of the store were mined otherwise, or anew"
     differences = (
         _difference_of_guides(before["guides"], after["guides"]),
         _difference_of_rows(before["data"], after["data"]),
