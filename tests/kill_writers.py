@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ LONGEST_WRITE_S = 0.015
 
 
 def guide(name: str) -> GuideInfo:
-    return GuideInfo.of_vectors(name, "lengths", width=WIDTH, vectors_hash=name)
+    return replace(GuideInfo.of_vectors(name, "lengths", width=WIDTH, vectors_hash=name), normalised=False)
 
 
 def write_store(source: Path, store: Path, *, name: str, overwrite: bool) -> None:

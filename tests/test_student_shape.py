@@ -16,6 +16,7 @@ from gistfast.errors import ConfigError, ModelError
 from gistfast.settings.stages import TrainSettings, build
 from gistfast.students.layers import freeze_parts
 from gistfast.students.student import load_student
+from gistfast.training.ranks import Ranks
 from gistfast.training.run_folder import RunFolder
 from gistfast.training.setup import make_trainer
 
@@ -173,7 +174,7 @@ def test_optimizer_is_fused_adamw_whatever_the_rates(tiny_student: Path, make_st
     options = {"store": "store", "student": "student", "out": tmp_path / "out", "device": "cpu"}
     settings = build(TrainSettings, {**options, "learning_rates": {"embeddings": 1e-6}})
     student = load_student(str(tiny_student), device="cpu")
-    trainer = make_trainer(student, {"store": make_store(ROWS)}, settings, RunFolder(tmp_path / "out"), [])
+    trainer = make_trainer(student, {"store": make_store(ROWS)}, settings, RunFolder(tmp_path / "out"), [], Ranks())
     optimizer = trainer.create_optimizer()
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-6, settings.learning_rate}

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ NUM_SHARDS = 8
 WIDTH = 1024
 NUM_IDS = 4096
 
-GUIDE = GuideInfo.of_vectors("random numbers", "random", width=WIDTH, dtype="float16")
+GUIDE = replace(GuideInfo.of_vectors("random numbers", "random", width=WIDTH, dtype="float16"), normalised=False)
 
 
 def make_store(folder: Path) -> GuideStore:

@@ -139,7 +139,8 @@ def _check(
 def _other_scores(store: GuideStore) -> Iterator[BadShard]:
     """Shards of scores that are not those of the store's vectors: a repair may have stopped between the two."""
     kind = store.manifest.scores
-    shards = sorted(committed_shards(store.path, kind))
+    # An append under way may have committed some of its own.
+    shards = sorted(committed_shards(store.path, kind) & set(store.manifest.shards_of(kind)))
     with progress("comparing scores", total=len(shards), unit="shards") as bar:
         for index in shards:
             stored = read_shard(store.path, kind, index, store.manifest).tensor(0, torch.float32).numpy()
