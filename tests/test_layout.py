@@ -60,6 +60,24 @@ def test_imports_point_from_cli_to_package_to_kernels() -> None:
             assert not any(name.startswith("gistfast.cli") for name in ours), path
 
 
+@pytest.mark.parametrize(
+    ("folder", "known"),
+    [
+        ("rows", set()),
+        ("models", set()),
+        ("students", {"models", "store"}),
+        ("losses", {"kernels", "store"}),
+        ("batches", {"neighbours", "store"}),
+        ("evaluation", {"store"}),
+    ],
+)
+def test_folder_knows_only_what_it_is_made_of(folder: str, known: set[str]) -> None:
+    folders = {path.name for path in (ROOT / "gistfast").iterdir() if path.is_dir()}
+    imports = {name for path in (ROOT / "gistfast" / folder).glob("*.py") for name in imports_of(path)}
+    found = {name.split(".")[1] for name in imports if name.startswith("gistfast.")} & folders
+    assert found <= {folder, *known}
+
+
 def test_importing_gistfast_loads_nothing_heavy() -> None:
     code = (
         "import sys, gistfast, gistfast.settings.stages, gistfast.progress\n"
