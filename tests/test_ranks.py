@@ -83,7 +83,7 @@ def test_end_of_another_process_is_left_to_it() -> None:
 
 def test_processes_of_two_runs_are_refused() -> None:
     records = [
-        {"settings": {"seed": seed, "store": store}, "processes": 2, "store": {"fingerprint": "f"}}
+        {"settings": {"seed": seed, "store": store}, "processes": 2, "store": {"fingerprint": "f", "mined": None}}
         for seed, store in [(1, "here"), (1, "there"), (2, "here")]
     ]
     check_same_run(records[:2])
