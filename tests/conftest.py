@@ -17,6 +17,8 @@ import pytest
 if TYPE_CHECKING:
     import numpy as np
 
+    from gistfast.rows.dataset import RowSource
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
@@ -175,3 +177,19 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(ModelGuide, "embed", embed)
     return texts
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> "RowSource":
+    """The rows of `store_cases.ROWS`, from a file."""
+    from store_cases import ROWS, source_of
+
+    return source_of(tmp_path / "pairs.jsonl", ROWS)
+
+
+@pytest.fixture
+def more(tmp_path: Path) -> "RowSource":
+    """The rows of `store_cases.MORE`, from a file."""
+    from store_cases import MORE, source_of
+
+    return source_of(tmp_path / "more.jsonl", MORE)

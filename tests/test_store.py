@@ -46,11 +46,6 @@ def small_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> RowSource:
-    return source_of(tmp_path / "pairs.jsonl", ROWS)
-
-
 class TestReading:
     @pytest.mark.parametrize("guide", [GUIDE, TWO_PROMPTS], ids=["one prompt", "two prompts"])
     @pytest.mark.parametrize("dtype", ["float16", "float32"])

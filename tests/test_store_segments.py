@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from store_cases import GUIDE, ROWS, TWO_PROMPTS, contents, embed, fill, make_store, source_of
+from store_cases import GUIDE, MORE, ROWS, TWO_PROMPTS, contents, embed, fill, make_store, source_of
 
 from gistfast.errors import StoreError
 from gistfast.neighbours.pair_scores import score_pairs
 from gistfast.rows.dataset import RowSource
 from gistfast.store import GuideInfo, GuideStore, StoreWriter
 
-# Half of their texts are known; the last one is a row that the store has.
-MORE = [*((f"question {i}", f"new answer {i}", f"question {i % 7}") for i in range(30, 50)), ROWS[3]]
 SECOND = replace(GUIDE, name="second", weights_hash="second", width=5, dtype="float32")
 
 
@@ -25,16 +23,6 @@ SECOND = replace(GUIDE, name="second", weights_hash="second", width=5, dtype="fl
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr("gistfast.store.ingest.ROWS_PER_SHARD", 16)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> RowSource:
-    return source_of(tmp_path / "pairs.jsonl", ROWS)
-
-
-@pytest.fixture
-def more(tmp_path: Path) -> RowSource:
-    return source_of(tmp_path / "more.jsonl", MORE)
 
 
 @pytest.fixture(params=[GUIDE, TWO_PROMPTS], ids=["one prompt", "two prompts"])

@@ -14,7 +14,6 @@ import pytest
 from store_cases import (
     GUIDE,
     KINDS,
-    MORE,
     ROWS,
     commit_file,
     complete,
@@ -45,16 +44,6 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several shards from few rows, and no waiting for the disk."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr("gistfast.store.ingest.ROWS_PER_SHARD", 16)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> RowSource:
-    return source_of(tmp_path / "pairs.jsonl", ROWS)
-
-
-@pytest.fixture
-def more(tmp_path: Path) -> RowSource:
-    return source_of(tmp_path / "more.jsonl", MORE)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from store_cases import GUIDE, MORE, ROWS, TWO_PROMPTS, flip_bit, make_store, shard_file, source_of
+from store_cases import GUIDE, MORE, ROWS, TWO_PROMPTS, flip_bit, make_store, shard_file
 from train_cases import at_step, same_weights, train_small
 
 from gistfast.errors import ConfigError, StoreError
@@ -22,16 +22,6 @@ from gistfast.store import GuideStore
 from gistfast.store.shards import read_shard, replace_shard
 from gistfast.store.watch import StoreWatch
 from gistfast.training.store_change import store_difference
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> RowSource:
-    return source_of(tmp_path / "pairs.jsonl", ROWS)
-
-
-@pytest.fixture
-def more(tmp_path: Path) -> RowSource:
-    return source_of(tmp_path / "more.jsonl", MORE)
 
 
 @pytest.fixture

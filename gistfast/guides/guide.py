@@ -75,7 +75,6 @@ class ModelGuide:
         self._tokens_per_batch = tokens_per_batch or (TOKENS_PER_CPU_BATCH if self._on_cpu else None)
         self._respell = respell
         self._padding = Padding.of(model)
-        self._prompts: dict[Role, str] = {"query": info.query_prompt, "document": info.document_prompt}
 
     @property
     def info(self) -> GuideInfo:
@@ -136,7 +135,7 @@ class ModelGuide:
         window = [texts[number] for number in numbers]
         if self._respell is not None:
             window = self._respell(window)
-        return tokenise(self._model, window, numbers, self._prompts[role], self._padding)
+        return tokenise(self._model, window, numbers, self._info.prompt_of(role), self._padding)
 
     @torch.inference_mode()
     def _forward(self, batch: TokenBatch) -> Vectors:

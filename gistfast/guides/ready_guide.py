@@ -42,7 +42,6 @@ class ReadyGuide:
         self._info = info
         self._places = places
         self._vectors = vectors
-        self._prompts: dict[Role, str] = {"query": info.query_prompt, "document": info.document_prompt}
 
     @property
     def info(self) -> GuideInfo:
@@ -61,7 +60,7 @@ class ReadyGuide:
             DataError: When a text has no vector, or a row holds none; the text or row is named.
             VectorError: When a vector is zero or not finite; its row is named.
         """
-        prompt = self._prompts[role]
+        prompt = self._info.prompt_of(role)
         places = self._places.find([prompt + text for text in texts] if prompt else texts)
         lacking = np.flatnonzero(places < 0)
         if len(lacking):

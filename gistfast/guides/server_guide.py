@@ -39,7 +39,6 @@ class ServerGuide:
         self._info = info
         self._concurrency = concurrency
         self._request_size = RequestSize(texts_per_request)
-        self._prompts: dict[Role, str] = {"query": info.query_prompt, "document": info.document_prompt}
 
     @property
     def info(self) -> GuideInfo:
@@ -63,7 +62,7 @@ class ServerGuide:
         """
         vectors = np.empty((len(texts), self._info.width), np.float32)
         by_length = np.array(sorted(range(len(texts)), key=lambda number: -len(texts[number])), dtype=np.int64)
-        prompt = self._prompts[role]
+        prompt = self._info.prompt_of(role)
         prompted = [prompt + texts[number] for number in by_length]
         left = len(texts)
         with Requests(self._server, prompted, self._request_size, self._concurrency) as requests:

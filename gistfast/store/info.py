@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
 
+from gistfast.models.prompts import Role
 from gistfast.store.files import fingerprint_of
 
 GuideScore = Literal["mean", "min", "max"]
@@ -88,6 +89,10 @@ class GuideInfo:
     def has_one_prompt(self) -> bool:
         """Whether anchors and other texts are read alike, so that one vector serves both."""
         return self.query_prompt == self.document_prompt
+
+    def prompt_of(self, role: Role) -> str:
+        """What the guide reads before a text of a role."""
+        return self.query_prompt if role == "query" else self.document_prompt
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
