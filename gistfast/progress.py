@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -28,7 +28,7 @@ class Bar:
         self.begun_s = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count work as done; the note stands beside the bar until the next one."""
+        """Count work as done; the note stands below the bar until the next one."""
         self.done += count
 
     def rate(self) -> float:
@@ -86,23 +86,30 @@ class CountColumn(ProgressColumn):
         return Text(f"{int(task.completed):,}{total} {task.fields['unit']}{rate}")
 
 
+class Display(Progress):
+    """Bars, and below them their notes, which may be longer than what is left of a line."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bars, then a line for each note."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(f"  {task.fields['note']}", "dim")
+
+
 # Work inside work draws in the same display: rich admits one on a terminal.
-_display: Progress | None = None
+_display: Display | None = None
 
 
 @contextmanager
-def _shared_display() -> Iterator[Progress]:
+def _shared_display() -> Iterator[Display]:
     global _display
     if _display is not None:
         yield _display
         return
     columns: tuple[ProgressColumn, ...] = (TextColumn("{task.description}"), BarColumn(bar_width=24))
-    columns += (
-        CountColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("[dim]{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as _display:
+    columns += (CountColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Display(*columns, console=console) as _display:
         try:
             yield _display
         finally:

@@ -251,7 +251,7 @@ def half_eager(
     )  # fmt: skip
     loss = losses.float().mean()
     loss.backward()
-    return Outcome(loss.detach(), [role.grad for role in student if role.grad is not None], LossStats({}, unit))
+    return Outcome(loss.detach(), [role.grad for role in student if role.grad is not None], LossStats({}, unit, unit))
 
 
 def _reordered(batch: Batch, seed: int) -> Batch:

@@ -75,3 +75,11 @@ def test_work_inside_work_shares_one_display(terminal: io.StringIO) -> None:
     assert "2/2 steps" in terminal.getvalue()
     assert "3/3 texts" in terminal.getvalue()
     assert module._display is None
+
+
+def test_note_longer_than_the_line_is_there_to_its_end(terminal: io.StringIO) -> None:
+    with progress("training", total=2, unit="steps") as bar:
+        bar.advance(note=f"loss 0.5, {'much ' * 25}more")
+    drawn = terminal.getvalue()
+    assert "1/2 steps" in drawn
+    assert "more" in drawn.rpartition("loss 0.5")[2]

@@ -14,8 +14,8 @@ from gistfast.training.run_picture import _lines, _panels, _smooth, _thinned, dr
 
 LOG: list[dict[str, Any]] = [
     {"eval_loss": 2.0, "eval_held_out_cosine_ndcg@10": 0.5, "step": 0},
-    {"loss": 1.0, "dropped/ap": 0.01, "step": 1},
-    {"loss": 0.5, "dropped/ap": 0.02, "step": 2},
+    {"loss": 1.0, "dropped/ap": 0.01, "score/positive": 0.5, "score/hardest": 0.25, "step": 1},
+    {"loss": 0.5, "dropped/ap": 0.02, "score/positive": 0.75, "step": 2},
     {"eval_loss": 1.5, "eval_held_out_cosine_ndcg@10": 0.75, "step": 2},
     {"train_loss": 0.75, "step": 2},
 ]
@@ -34,6 +34,7 @@ def test_each_line_has_its_steps_and_values() -> None:
     assert panels["loss"] == {"training": ((1, 2), (1.0, 0.5)), "held-out rows": ((0, 2), (2.0, 1.5))}
     assert panels["candidates dropped"] == {"anchor-positive": ((1, 2), (0.01, 0.02))}
     assert panels["evaluation on held-out rows"] == {"nDCG@10": ((0, 2), (0.5, 0.75))}
+    assert panels["student's scores"] == {"own positive": ((1, 2), (0.5, 0.75)), "hardest candidate": ((1,), (0.25,))}
     assert panels["temperature"] == {}
     assert _lines(LOG, {"margin": "margin"}) == {}
 

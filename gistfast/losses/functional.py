@@ -6,7 +6,6 @@ Shapes: B anchors, M negatives, K = 2B + M, R rows whose loss is taken, D studen
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -24,6 +23,7 @@ from gistfast.losses.inputs import (
     vector_columns,
     widths_of_guides,
 )
+from gistfast.losses.stats import LossStats, dropped_share, positive_score
 
 logger = logging.getLogger(__name__)
 
@@ -33,20 +33,6 @@ Reduction = Literal["mean", "none"]
 Backend = Literal["auto", "reference", "chunked", "triton"]
 
 _announced: set[tuple[str, str]] = set()  # automatic choices already logged
-
-
-@dataclass(frozen=True)
-class LossStats:
-    """What the mask did to a batch.
-
-    Attributes:
-        dropped: For each block in use ("ap", "aa", "pp", "an") the share of its candidates that was dropped, a scalar
-            tensor in [0, 1]. The own positive, and a text met with itself in its own row, do not count as candidates.
-        hardest_score: (R,) highest student score among the candidates kept; -inf where none was.
-    """
-
-    dropped: dict[str, Tensor]
-    hardest_score: Tensor
 
 
 @overload
@@ -189,7 +175,8 @@ def guided_contrastive_loss(  # type: ignore[misc]
         raise VectorError(str(error)) from None
     if not return_stats:
         return loss
-    return loss, LossStats(_dropped_share(kept, layout, num_rows), hardest)
+    scores = positive_score(anchor, positive, row_offset, num_rows)
+    return loss, LossStats(dropped_share(kept, layout, num_rows), scores, hardest)
 
 
 def choose_backend(backend: Backend, vectors: Tensor) -> str:
@@ -227,15 +214,6 @@ def _automatic_backend(device: torch.device, dtype: torch.dtype) -> str:
         _announced.add((chosen, reason))
         logger.info("guided loss: backend %s (%s)", chosen, reason)
     return chosen
-
-
-def _dropped_share(kept: Tensor, layout: Layout, num_rows: int) -> dict[str, Tensor]:
-    """The share of candidates dropped in each block in use; 0 where a block has no candidates."""
-    shares = {}
-    for index, (block, (_, first, end, _)) in enumerate(layout.blocks.items()):
-        candidates = num_rows * (end - first - (block != "an"))
-        shares[block] = 1.0 - kept[index] / candidates if candidates else torch.zeros((), device=kept.device)
-    return shares
 
 
 def _reference(

@@ -31,8 +31,9 @@ class GISTLoss(nn.Module):
     `MatryoshkaLoss` and evaluation.
 
     Attributes:
-        last_stats: For each block in use ("ap", "aa", "pp", "an") the share of its candidates that was
-            dropped in the last batch, a scalar tensor.
+        last_stats: Of the last batch, scalar tensors: for each block in use the share of its candidates that was
+            dropped ("dropped/ap", "dropped/aa", "dropped/pp", "dropped/an"), and the mean student scores of the rows'
+            own positives and of their hardest candidates ("score/positive", "score/hardest").
 
     Example:
         >>> store = GuideStore.open("store")  # doctest: +SKIP
@@ -156,7 +157,7 @@ class GISTLoss(nn.Module):
             anchor_ids=anchor_ids, positive_ids=positive_ids, negative_ids=negative_ids,
             row_offset=row_offset, num_rows=num_rows, return_stats=True, **options,
         )  # fmt: skip
-        self.last_stats = stats.dropped
+        self.last_stats = stats.means()
         return loss
 
     def contrast_gathered(self, columns: Tensor, guides: Tensor, identities: Tensor) -> Tensor:

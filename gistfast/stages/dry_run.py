@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gistfast.errors import ConfigError
 from gistfast.losses.functional import choose_backend
 from gistfast.models.pretrained import no_weight_bar
-from gistfast.process_memory import memory_mib
+from gistfast.process_memory import peak_mib
 from gistfast.settings.stages import TrainSettings, build
 from gistfast.training.begin import load, num_steps, open_run
 from gistfast.training.callbacks import StepProgress, choose_trackers
@@ -121,7 +121,7 @@ def dry_run(store: str | Path, *, student: str | Path, out: str | Path, **option
             tokens=tokens * batches,
             padded_tokens=padded * batches,
             how=_how(trainer, settings),
-            peak_mib=_peak_mib(model),
+            peak_mib=peak_mib(model.device),
             on_gpu=model.device.type == "cuda",
             taken=taken,
             step_s=clock.step_s(),
@@ -195,12 +195,6 @@ def _mean_tokens(history: Sequence[dict[str, float]]) -> tuple[float, float]:
     steps = [record for record in history if "loss" in record]
     tokens, padded = (sum(record[name] for record in steps) / len(steps) for name in ("tokens", "padded_tokens"))
     return tokens, padded
-
-
-def _peak_mib(model: SentenceTransformer) -> float:
-    if model.device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(model.device)) / 2**20
-    return memory_mib("VmHWM")
 
 
 def _how(trainer: GuidedTrainer, settings: TrainSettings) -> str:

@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from gistfast.errors import DependencyError
 from gistfast.progress import Bar, progress
+from gistfast.training.pace import in_words
 from gistfast.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 class StepProgress(TrainerCallback):
-    """Shows the steps as they go by, with the loss and the share of positives dropped; used as a context."""
+    """Shows the steps as they go by, with the latest record of the log; used as a context."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -116,9 +117,9 @@ class StepProgress(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put the loss beside the bar."""
+        """Put the record beside the bar."""
         if self._bar is not None and logs is not None and "loss" in logs:
-            self._bar.advance(0, note=f"loss {logs['loss']:.4f}, {logs.get('dropped/ap', 0.0):.1%} dropped")
+            self._bar.advance(0, note=in_words(logs))
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -35,7 +35,7 @@ class Batch(TypedDict):
         places: (B, C) number of each cell's text among the distinct ones.
         guide: (N, G) guide vectors of the distinct texts, in the stored dtype.
         texts: The fields of a `gistfast.students.input.TextSet`.
-        counts: (4,) what `COUNTS` names.
+        counts: (5,) what `COUNTS` names.
     """
 
     rows: Tensor
@@ -56,7 +56,7 @@ class MixedBatch(Batch):
     store: int
 
 
-COUNTS = ("tokens", "padded_tokens", "texts", "distinct_texts")
+COUNTS = ("rows", "tokens", "padded_tokens", "texts", "distinct_texts")
 
 
 class Rows(Dataset[Array]):
@@ -155,7 +155,7 @@ class Collator:
             "places": torch.from_numpy(rank[places.reshape(entries.shape)]),
             "guide": self.store.gather(ids),
             "texts": vars(text_set(self._gather(distinct, which, sizes), sizes, forwards)),
-            "counts": torch.tensor([sizes.sum(), num_padded, entries.size, len(keys)], dtype=torch.float32),
+            "counts": torch.tensor([len(rows), sizes.sum(), num_padded, entries.size, len(keys)], dtype=torch.float32),
         }
 
     def _gather(self, entries: Array, which: Array, sizes: Array) -> Array:

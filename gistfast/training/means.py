@@ -15,11 +15,11 @@ class StepMeans:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add the values of a step, scalar tensors."""
+        """Add the values of a step, scalar tensors; NaN stands for a value that the step does not have."""
         for name, value in values.items():
             value = value.detach().float()
             # Of the value and of the steps; nothing waits for the device.
-            entry = torch.stack([value, torch.ones_like(value)])
+            entry = torch.stack([value, torch.ones_like(value)]).where(~value.isnan(), 0)
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def take(self) -> dict[str, float]:
@@ -31,7 +31,7 @@ class StepMeans:
             for name, (value, steps) in sums.items():
                 before = totals.get(name, (0.0, 0.0))
                 totals[name] = (before[0] + value, before[1] + steps)
-        return {name: round(value / steps, 4) for name, (value, steps) in totals.items()}
+        return {name: round(value / steps, 4) for name, (value, steps) in totals.items() if steps}
 
 
 def _of_all_processes(own: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a training run was like, drawn from its log: loss, dropped candidates and evaluations against the steps."""
+"""What a training run was like, drawn from its log: loss, dropped candidates, scores, evaluations against the steps."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ Line = tuple[Sequence[float], Sequence[float]]
 _BLOCKS = {"ap": "anchor-positive", "aa": "anchor-anchor", "pp": "positive-positive", "an": "anchor-negative"}
 _DROPPED = "candidates dropped"
 _COLOURS = ("#e8590c", "#343a40", "#4c6ef5", "#2b8a3e", "#9c36b5")
+_PANELS_IN_A_ROW = 4
 # More points than these are drawn as the means of so many groups of neighbours.
 _MOST_POINTS = 400
 # Points that a smoothed line looks back on, as a share of all.
@@ -44,9 +45,11 @@ def draw_run(metrics: Path, picture: Path) -> Path:
     panels = {title: lines for title, lines in _panels(records).items() if lines}
     if not panels:
         raise DataError(f"{metrics} has no step to draw: let the run take some")
-    figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        _draw(axes, title, lines)
+    columns = min(len(panels), _PANELS_IN_A_ROW)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.4 * rows), layout="constrained")
+    for number, (title, lines) in enumerate(panels.items(), start=1):
+        _draw(figure.add_subplot(rows, columns, number), title, lines)
     figure.savefig(picture, dpi=150)
     return picture
 
@@ -65,6 +68,7 @@ def _panels(records: Records) -> dict[str, dict[str, Line]]:
     return {
         "loss": _lines(records, {"training": "loss", "held-out rows": "eval_loss"}),
         _DROPPED: _lines(records, {name: f"dropped/{block}" for block, name in _BLOCKS.items()}),
+        "student's scores": _lines(records, {"own positive": "score/positive", "hardest candidate": "score/hardest"}),
         "evaluation on held-out rows": _lines(records, measures),
         "similarity of scored pairs": _lines(records, {"Spearman": f"_{SPEARMAN}"}),
         "temperature": _lines(records, {"temperature": "temperature"}),

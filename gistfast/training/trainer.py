@@ -25,16 +25,19 @@ from gistfast.training.checkpoint import load_trained, save_trained
 from gistfast.training.collate import COUNTS, Batch, MixedBatch, MixedRows, Split
 from gistfast.training.means import StepMeans
 from gistfast.training.non_finite import FiniteSteps, RowsOfStep
+from gistfast.training.pace import Pace
 from gistfast.training.step import Replay, embed, replayed_loss
 
 
 class GuidedTrainer(SentenceTransformerTrainer):
     """The trainer on batches of `gistfast.training.collate.MixedCollator`.
 
-    Each record of the log has the shares that the guide dropped ("dropped/ap", ...) and what a step embedded: tokens,
-    the same with padding, texts of all columns, and distinct texts among them; with a replay also the texts embedded
-    again and the relative length of the gradient that was left out. Temperature and margin are there where they change.
-    With several stores it has the loss of each that the steps took rows of ("loss/NAME").
+    Each record of the log has the shares that the guide dropped ("dropped/ap", ...), the mean scores of the rows' own
+    positives and hardest candidates ("score/positive", "score/hardest") and what a step embedded: rows, tokens, the
+    same with padding, texts of all columns, and distinct texts among them; with a replay also the texts embedded again
+    and the relative length of the gradient that was left out. Temperature and margin are there where they change. With
+    several stores it has the loss of each that the steps took rows of ("loss/NAME"). What the clock says comes last
+    (`gistfast.training.pace`).
 
     Attributes:
         evaluating: Whether an evaluation is under way, or failed.
@@ -76,7 +79,9 @@ class GuidedTrainer(SentenceTransformerTrainer):
         self.replay = replay
         self.scheduled = ScheduledLoss([first, *others], schedule)
         self._means = {"train": StepMeans(), "eval": StepMeans()}
+        self._pace = Pace()
         self.add_callback(self.scheduled)
+        self.add_callback(self._pace)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The loader of the training rows."""
@@ -105,6 +110,11 @@ class GuidedTrainer(SentenceTransformerTrainer):
             worker_init_fn=_leave_the_group,
         )
 
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
+        """The batches of a step, and how many items are in them."""
+        with self._pace.fetching():
+            return super().get_batch_samples(*arguments, **options)
+
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """The scores of the student as it is; what the training draws afterwards is what it would have drawn before."""
         self.evaluating = True
@@ -131,7 +141,7 @@ class GuidedTrainer(SentenceTransformerTrainer):
             own_weights = [] if learned is None else [learned.log]
             loss, replayed = replayed_loss(model, self.form, texts, loss_of, self.replay, own_weights)
             counts |= {**replayed, "replayed_texts": replayed["replayed_texts"] * processes}
-        counts |= {f"dropped/{block}": share for block, share in loss_module.last_stats.items()}
+        counts |= loss_module.last_stats
         if len(self.losses) > 1:
             counts[f"loss/{name}"] = loss
         self._means["train" if self.model.training else "eval"].add(counts)
@@ -176,7 +186,10 @@ class GuidedTrainer(SentenceTransformerTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log a record: of steps with what was counted and the options of the loss that change."""
         if "loss" in logs:
-            logs = {**logs, **self.scheduled.options(), **self._means["train"].take()}
+            means = self._means["train"].take()
+            padding = {"padding": round(1 - means["tokens"] / means["padded_tokens"], 4)}
+            pace = self._pace.take(means, self.args.device)
+            logs = {**logs, **self.scheduled.options(), **means, **padding, **pace}
         elif "eval_loss" in logs:
             logs = {**logs, **{f"eval_{name}": mean for name, mean in self._means["eval"].take().items()}}
         super().log(logs, start_time)
