@@ -1,6 +1,6 @@
 """Retrieval as a measure: what is to be found, and how well a model finds it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from sentence_transformers.base.model import BaseModel
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from gistfast.errors import ConfigError
+from gistfast.evaluation.widths import AT, AtWidths
 from gistfast.store import GuideStore
 
 RECALL_AT = (1, 10, 100)
@@ -98,35 +99,41 @@ def retrieval_evaluator(
     )
 
 
-def held_out_evaluator(stores: Mapping[str, GuideStore], *, batch_size: int) -> BaseEvaluator:
+def held_out_evaluator(
+    stores: Mapping[str, GuideStore], *, batch_size: int, widths: Sequence[int] = ()
+) -> BaseEvaluator:
     """The evaluator of the stores' held-out rows; of several each that has any on its own.
 
     Args:
         stores: By name.
         batch_size: Texts embedded at once.
+        widths: To cut the vectors to, beside whole ones.
 
     Raises:
         ConfigError: When no rows were held out.
     """
     if len(stores) == 1:
         (store,) = stores.values()
-        return retrieval_evaluator(held_out_retrieval(store), batch_size=batch_size, name=HELD_OUT)
+        whole = retrieval_evaluator(held_out_retrieval(store), batch_size=batch_size, name=HELD_OUT)
+        return AtWidths(whole, widths) if widths else whole
     tasks = {name: held_out_retrieval(store) for name, store in stores.items() if store.held_out.any()}
-    return MeanOfStores(
-        {
-            name: retrieval_evaluator(task, batch_size=batch_size, name=f"{HELD_OUT}/{name}")
-            for name, task in tasks.items()
-        }
-    )
+    evaluators: dict[str, BaseEvaluator] = {
+        name: retrieval_evaluator(task, batch_size=batch_size, name=f"{HELD_OUT}/{name}")
+        for name, task in tasks.items()
+    }
+    if widths:
+        evaluators = {name: AtWidths(whole, widths) for name, whole in evaluators.items()}
+    return MeanOfStores(evaluators)
 
 
 class MeanOfStores(BaseEvaluator):
     """Evaluates several stores one after the other.
 
-    Each score is the mean of the stores', whatever their sizes; that of a store has "/NAME" behind its name.
+    Each score is the mean of the stores', whatever their sizes; that of a store has "/NAME" behind its name. Of cut
+    vectors there is the mean alone.
     """
 
-    def __init__(self, evaluators: Mapping[str, InformationRetrievalEvaluator]) -> None:
+    def __init__(self, evaluators: Mapping[str, BaseEvaluator]) -> None:
         """Take the evaluator of each store, called `HELD_OUT/NAME`."""
         super().__init__()  # type: ignore[no-untyped-call]  # theirs is untyped
         self.evaluators = evaluators
@@ -138,10 +145,12 @@ class MeanOfStores(BaseEvaluator):
         means: dict[str, float] = {}
         found: dict[str, float] = {}
         for name, evaluator in self.evaluators.items():
-            for own, value in evaluator(cast(SentenceTransformer, model), output_path, epoch, steps).items():
+            scores = cast(dict[str, float], evaluator(model, output_path, epoch, steps))
+            for own, value in scores.items():
                 score = HELD_OUT + own.removeprefix(f"{HELD_OUT}/{name}")
                 means[score] = means.get(score, 0.0) + value / len(self.evaluators)
-                found[f"{score}/{name}"] = value
+                if AT not in score:
+                    found[f"{score}/{name}"] = value
         return means | found
 
 

@@ -160,19 +160,6 @@ class GISTLoss(nn.Module):
         self.last_stats = stats.means()
         return loss
 
-    def contrast_gathered(self, columns: Tensor, guides: Tensor, identities: Tensor) -> Tensor:
-        """The mean loss of this process's rows, with those of all processes as candidates; sets `last_stats`.
-
-        Args:
-            columns: (C, B, D) student vectors of this process's rows, which must be as many in every process.
-            guides: (C, B, G) guide vectors.
-            identities: (C, B) text identities.
-        """
-        num_rows = columns.shape[1]
-        gathered = [_rows_of_all(part) for part in (columns, guides, identities)]
-        row_offset = num_rows * get_rank()
-        return self.contrast(*(part.unbind() for part in gathered), row_offset=row_offset, num_rows=num_rows)
-
     def _ids(self, columns: list[Tensor], labels: Tensor | None) -> Tensor:
         """The labels as text ids, (B, C) int64, beside the columns' vectors.
 
@@ -234,8 +221,12 @@ class GISTLoss(nn.Module):
 """
 
 
-def _rows_of_all(columns: Tensor) -> Tensor:
-    """Columns of the rows of all processes, (C, W B, ...), in the order of their ranks, from this one's (C, B, ...)."""
+def rows_of_all(columns: Tensor) -> Tensor:
+    """Columns of the rows of all W processes, (C, W B, ...), in the order of their ranks.
+
+    Args:
+        columns: This process's, (C, B, ...), as many rows as every other's.
+    """
     # NCCL takes no other layout.
     columns = columns.contiguous()
     gathered = all_gather_with_grad(columns) if columns.requires_grad else all_gather(columns)

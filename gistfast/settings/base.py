@@ -132,12 +132,25 @@ def comma_separated(text: str) -> tuple[str, ...]:
     return () if parts == ("none",) else parts
 
 
-def layer_numbers(text: str) -> tuple[int, ...]:
-    """The numbers of `"0,1,2"`."""
-    try:
-        return tuple(int(part) for part in comma_separated(text))
-    except ValueError:
-        raise ConfigError(f"--keep-layers must be numbers like 0,1,2, found {text!r}") from None
+N = TypeVar("N", int, float)
+
+
+def numbers(kind: Callable[[str], N], flag: str, example: str) -> Callable[[str], tuple[N, ...]]:
+    """What reads the numbers of `"0,1,2"`.
+
+    Args:
+        kind: int or float.
+        flag: How the user writes the setting.
+        example: What it may look like.
+    """
+
+    def read(text: str) -> tuple[N, ...]:
+        try:
+            return tuple(kind(part) for part in comma_separated(text))
+        except ValueError:
+            raise ConfigError(f"{flag} must be numbers like {example}, found {text!r}") from None
+
+    return read
 
 
 def column_names(text: str) -> dict[str, str]:

@@ -192,6 +192,9 @@ class EvaluateSettings(Settings):
     tasks: tuple[str, ...] = setting((), "MTEB tasks by name.", parse=comma_separated)
     out: str | None = setting(None, "JSON file for the results.")
     batch_size: int = setting(32, "Texts embedded at once.", at_least=1)
+    truncate_dim: int | None = setting(
+        None, "Cut the model's vectors to this width, as of a student of --matryoshka-dims.", at_least=1
+    )
     query_prompt: str | None = setting(None, "Prompt before queries; the model's own when left out.")
     document_prompt: str | None = setting(None, "Prompt before documents; the model's own when left out.")
     device: str = setting("auto", "Device of the model: auto, cpu, cuda or cuda:N.")

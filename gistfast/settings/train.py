@@ -9,8 +9,8 @@ from gistfast.settings.base import (
     Settings,
     argument,
     comma_separated,
-    layer_numbers,
     learning_rates,
+    numbers,
     refuse_both,
     setting,
 )
@@ -60,6 +60,16 @@ class TrainSettings(Settings):
     contrast_positives: bool = setting(True, "Let positives meet other positives as candidates.")
     hard_only: bool = setting(False, "Also drop candidates that the student scores below the positive.")
     mined_negatives: int = setting(0, "Hard negatives to add to each row, of those that the store has.", at_least=0)
+    matryoshka_dims: tuple[int, ...] = setting(
+        (),
+        "Widths that the student's vectors may be cut to, e.g. 256,128,64; the loss is taken at each and at the whole.",
+        parse=numbers(int, "--matryoshka-dims", "256,128,64"),
+    )
+    matryoshka_weights: tuple[float, ...] = setting(
+        (),
+        "What the loss counts at each width of --matryoshka-dims; 1 when left out.",
+        parse=numbers(float, "--matryoshka-weights", "1,0.5,0.25"),
+    )
     backend: Literal["auto", "reference", "chunked", "triton"] = setting("auto", "Implementation of the loss.")
     tokens_per_forward: int | None = setting(
         None, "Tokens of a forward pass, padding included; chosen for the device when left out.", at_least=1
@@ -116,7 +126,9 @@ class TrainSettings(Settings):
     workers: int = setting(0, "Processes that prepare batches.", at_least=0)
 
     keep_layers: tuple[int, ...] | None = setting(
-        None, "Layers of the student to keep, e.g. 0,1,2; all when left out.", parse=layer_numbers
+        None,
+        "Layers of the student to keep, e.g. 0,1,2; all when left out.",
+        parse=numbers(int, "--keep-layers", "0,1,2"),
     )
     pooling: Literal["mean", "cls", "last", "max", "weightedmean", "mean_sqrt_len"] | None = setting(
         None, "How the student makes one vector of its tokens: a plain transformers student needs it."

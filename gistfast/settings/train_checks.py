@@ -1,6 +1,7 @@
 """Which settings of a training run do nothing beside others."""
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gistfast.errors import ConfigError
@@ -18,6 +19,7 @@ def refuse_useless_options(settings: "TrainSettings") -> None:
     """
     if settings.mixing is not None and len(settings.store) == 1:
         raise ConfigError(f"--mixing {settings.mixing} does nothing with one store: leave it out")
+    _check_matryoshka(settings.matryoshka_dims, settings.matryoshka_weights)
     if settings.lora_rank is None and (settings.lora_alpha or settings.lora_dropout or settings.lora_targets):
         raise ConfigError("--lora-alpha, --lora-dropout and --lora-targets do nothing without --lora-rank: give a rank")
     if settings.lora_rank is not None and settings.freeze:
@@ -43,6 +45,22 @@ def refuse_useless_options(settings: "TrainSettings") -> None:
             )
     for pattern, rate in (settings.learning_rates or {}).items():
         _check_learning_rate(pattern, rate)
+
+
+def _check_matryoshka(dims: Sequence[int], weights: Sequence[float]) -> None:
+    if weights and not dims:
+        raise ConfigError("--matryoshka-weights does nothing without --matryoshka-dims: give both")
+    if min(dims, default=1) < 1 or len(set(dims)) < len(dims):
+        raise ConfigError(f"--matryoshka-dims must be different widths of at least 1, found {_listed(dims)}")
+    if weights and (len(weights) != len(dims) or not min(weights) > 0):
+        raise ConfigError(
+            f"--matryoshka-weights must be a number above 0 for each of --matryoshka-dims {_listed(dims)}, "
+            f"found {_listed(weights)}"
+        )
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ",".join(format(number, "g") for number in numbers)
 
 
 def _check_learning_rate(pattern: str, rate: float) -> None:

@@ -29,9 +29,9 @@ def evaluate(model: str | Path, **options: Any) -> dict[str, Any]:
         **options: Fields of `EvaluateSettings`.
 
     Returns:
-        What `out` receives as JSON: "model", and for what was asked for "retrieval" (source, queries,
-        documents, ndcg@10, mrr@10, recall@1, @10, @100), "sts" (source, pairs, spearman) and "mteb" (main
-        score by task). Scores are in [0, 1], correlations in [-1, 1].
+        What `out` receives as JSON: "model", and for what was asked for "truncate_dim", "retrieval" (source,
+        queries, documents, ndcg@10, mrr@10, recall@1, @10, @100), "sts" (source, pairs, spearman) and "mteb"
+        (main score by task). Scores are in [0, 1], correlations in [-1, 1].
 
     Raises:
         ConfigError: When a setting is bad, the store has no held-out rows, or there is no such task.
@@ -51,6 +51,9 @@ def evaluate(model: str | Path, **options: Any) -> dict[str, Any]:
         trust_remote_code=settings.trust_remote_code,
     )
     results: dict[str, Any] = {"model": settings.model}
+    if settings.truncate_dim is not None:
+        _cut(loaded, settings.truncate_dim)
+        results["truncate_dim"] = settings.truncate_dim
     if task is not None:
         results["retrieval"] = _retrieval(loaded, task, settings)
     if pairs is not None:
@@ -64,6 +67,18 @@ def evaluate(model: str | Path, **options: Any) -> dict[str, Any]:
         write_json(Path(settings.out), results)
         logger.info("wrote %s", settings.out)
     return results
+
+
+def _cut(model: SentenceTransformer, width: int) -> None:
+    """Let the model give the first numbers of its vectors alone.
+
+    Raises:
+        ConfigError: When it gives no more than that.
+    """
+    own = model.get_embedding_dimension()
+    if own is not None and width >= own:
+        raise ConfigError(f"--truncate-dim {width}: the model's vectors are {own} wide: give less, or leave it out")
+    model.truncate_dim = width
 
 
 def _retrieval_task(settings: EvaluateSettings) -> RetrievalTask | None:

@@ -11,7 +11,7 @@ from gistfast.settings.stages import TrainSettings
 from gistfast.students.lora import Lora
 from gistfast.students.student import check_learning_rates, checkpoint_activations, load_student
 from gistfast.training.run_folder import RunFolder, run_record
-from gistfast.training.setup import check_steps, mixed_batches
+from gistfast.training.setup import check_steps, mixed_batches, widths_of
 from gistfast.training.stores import Stores, check_stores, open_stores
 
 
@@ -55,7 +55,7 @@ def load(settings: TrainSettings) -> SentenceTransformer:
     """The student of a run, in the shape that the run asks for.
 
     Raises:
-        ConfigError: When the shape, or a learning rate, is of something that it has not.
+        ConfigError: When the shape, a width, or a learning rate, is of something that it has not.
         DependencyError: When peft is needed and not installed.
         ModelError: When it does not load.
     """
@@ -76,6 +76,8 @@ def load(settings: TrainSettings) -> SentenceTransformer:
     )
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
+    # Made again for the trainer; here it is refused in time.
+    widths_of(model, settings)
     own_weights = ["learned_temperature.log"] if settings.learn_temperature else []
     check_learning_rates(settings.learning_rates or {}, model, own_weights)
     return model

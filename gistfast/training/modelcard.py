@@ -157,6 +157,8 @@ def _shape(settings: TrainSettings) -> list[str]:
         facts.append(f"layers {', '.join(map(str, settings.keep_layers))}")
     if settings.dim is not None:
         facts.append(f"with a head to {settings.dim} dimensions")
+    if settings.matryoshka_dims:
+        facts.append(f"trained to be cut to {', '.join(map(str, settings.matryoshka_dims))} dimensions")
     if settings.freeze:
         facts.append(f"frozen: {', '.join(settings.freeze)}")
     if settings.lora_rank is not None:

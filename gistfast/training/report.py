@@ -87,15 +87,15 @@ def _of_stores(
 ) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {name: {"rows": rows} for name, rows in num_rows.items()}
     for record in steps:
-        for name, loss in values_of_stores(record, "loss").items():
+        for name, loss in values_of_parts(record, "loss").items():
             found[name]["loss"] = loss
-    for name, score in values_of_stores(evaluation, "_ndcg@10").items():
+    for name, score in values_of_parts(evaluation, "_ndcg@10").items():
         found[name]["ndcg@10"] = score
     return found
 
 
-def values_of_stores(record: Mapping[str, Any], measure: str) -> dict[str, float]:
-    """The values of a measure in a record of the log by the stores' names, where it has a value for each store.
+def values_of_parts(record: Mapping[str, Any], measure: str) -> dict[str, float]:
+    """The values of a measure in a record of the log by the parts it has one for each of: stores, or widths.
 
     Args:
         record: Of the log.
@@ -103,9 +103,9 @@ def values_of_stores(record: Mapping[str, Any], measure: str) -> dict[str, float
     """
     found = {}
     for key, value in record.items():
-        name, slash, store = key.partition("/")
+        name, slash, part = key.partition("/")
         if slash and (name == measure or (measure.startswith("_") and name.endswith(measure))):
-            found[store] = value
+            found[part] = value
     return found
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from gistfast.errors import DataError, DependencyError
 from gistfast.evaluation.report import RETRIEVAL, SPEARMAN
-from gistfast.training.report import values_of_stores
+from gistfast.evaluation.widths import AT
+from gistfast.training.report import values_of_parts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,8 +73,10 @@ def _panels(records: Records) -> dict[str, dict[str, Line]]:
         "evaluation on held-out rows": _lines(records, measures),
         "similarity of scored pairs": _lines(records, {"Spearman": f"_{SPEARMAN}"}),
         "temperature": _lines(records, {"temperature": "temperature"}),
-        "loss of each store": _lines_of_stores(records, "loss"),
-        "nDCG@10 of each store": _lines_of_stores(records, "_ndcg@10"),
+        "loss at each width": _lines_of_parts(records, "loss_at"),
+        "nDCG@10 of cut vectors": _lines_of_parts(records, f"_ndcg@10{AT.rstrip('/')}"),
+        "loss of each store": _lines_of_parts(records, "loss"),
+        "nDCG@10 of each store": _lines_of_parts(records, "_ndcg@10"),
     }
 
 
@@ -93,11 +96,11 @@ def _lines(records: Records, endings: Mapping[str, str]) -> dict[str, Line]:
     return found
 
 
-def _lines_of_stores(records: Records, measure: str) -> dict[str, Line]:
-    """The values of a measure by the stores' names, where there are several."""
+def _lines_of_parts(records: Records, measure: str) -> dict[str, Line]:
+    """The values of a measure by what stands behind the slash, names of stores or widths, where there are several."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for record in records:
-        for name, value in values_of_stores(record, measure).items():
+        for name, value in values_of_parts(record, measure).items():
             steps, values = found.setdefault(name, ([], []))
             steps.append(record["step"])
             values.append(value)

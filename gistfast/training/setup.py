@@ -12,11 +12,13 @@ from torch import nn
 from transformers import PrinterCallback
 
 from gistfast.batches import MixedBatches, StoreBatches
-from gistfast.errors import ConfigError
+from gistfast.errors import ConfigError, ModelError
 from gistfast.evaluation.judged import read_scored_pairs
 from gistfast.evaluation.retrieval import held_out_evaluator
 from gistfast.evaluation.similarity import STS, similarity_evaluator
+from gistfast.evaluation.widths import AtWidths
 from gistfast.losses.gist_loss import GISTLoss
+from gistfast.losses.matryoshka import Matryoshka, matryoshka
 from gistfast.losses.schedules import LOWEST_TEMPERATURE, LearnedTemperature, Schedule
 from gistfast.models.pretrained import pick_device
 from gistfast.settings.stages import TrainSettings
@@ -92,6 +94,9 @@ def make_trainer(
         form = compile_student(model, form, collators[0], bf16=settings.bf16)
     else:
         form = choose_form(model, form, collators, attention=settings.attention, bf16=settings.bf16)
+    widths = widths_of(model, settings)
+    if widths is not None:
+        logger.info("the loss is taken of vectors as they are, and cut to %s", ", ".join(map(str, widths.cuts)))
     batches = mixed_batches(stores, settings, ranks.count)
     if settings.batching == "cluster":
         # The trainer makes a sampler of its own, which finds the clusters.
@@ -107,7 +112,8 @@ def make_trainer(
         data_collator=MixedCollator(collators),
         train_dataset=card_rows(stores, "train"),
         eval_dataset=card_rows(stores, "held_out") if evaluated else None,
-        evaluator=_evaluator(stores if evaluated else {}, settings.eval_sts, settings.batch_size),
+        matryoshka=widths,
+        evaluator=_evaluator(stores if evaluated else {}, settings, widths),
         schedule=_schedule(settings),
     )
     # It prints every record; the bar and the log file have them.
@@ -117,6 +123,21 @@ def make_trainer(
         logger.info("the best student is the one with the highest %s", by)
         trainer.add_callback(KeepBest(settings.patience))
     return trainer
+
+
+def widths_of(model: SentenceTransformer, settings: TrainSettings) -> Matryoshka | None:
+    """The widths at which the loss is taken; None for the student's own alone.
+
+    Raises:
+        ConfigError: When the student is not that wide.
+        ModelError: When it does not say how wide it is.
+    """
+    if not settings.matryoshka_dims:
+        return None
+    own = model.get_embedding_dimension()
+    if own is None:
+        raise ModelError("the student does not say how wide its vectors are: leave --matryoshka-dims out")
+    return matryoshka(own, settings.matryoshka_dims, settings.matryoshka_weights)
 
 
 def mixed_batches(stores: Stores, settings: TrainSettings, processes: int) -> MixedBatches:
@@ -158,13 +179,16 @@ def _losses(
     return {name: GISTLoss(model, store, **options) for name, store in stores.items()}
 
 
-def _evaluator(stores: Stores, sts: str | None, batch_size: int) -> BaseEvaluator | None:
+def _evaluator(stores: Stores, settings: TrainSettings, widths: Matryoshka | None) -> BaseEvaluator | None:
     """What scores the student: the stores' held-out rows, a file of scored pairs, or both; None for neither."""
     evaluators: list[BaseEvaluator] = []
+    cuts = [] if widths is None else widths.cuts
     if stores:
-        evaluators.append(held_out_evaluator(stores, batch_size=batch_size))
-    if sts is not None:
-        evaluators.append(similarity_evaluator(read_scored_pairs(sts), batch_size=batch_size, name=STS))
+        evaluators.append(held_out_evaluator(stores, batch_size=settings.batch_size, widths=cuts))
+    if settings.eval_sts is not None:
+        pairs = read_scored_pairs(settings.eval_sts)
+        by_cosine = similarity_evaluator(pairs, batch_size=settings.batch_size, name=STS)
+        evaluators.append(AtWidths(by_cosine, cuts) if cuts else by_cosine)
     if len(evaluators) < 2:
         return next(iter(evaluators), None)
     return SequentialEvaluator(evaluators, main_score_function=lambda scores: scores[0])

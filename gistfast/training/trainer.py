@@ -12,12 +12,15 @@ from typing import Any, cast
 
 import torch
 from sentence_transformers import SentenceTransformerTrainer
-from torch import Tensor
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from sentence_transformers.util import get_rank
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from gistfast.errors import VectorError
-from gistfast.losses.gist_loss import GISTLoss
+from gistfast.losses.gist_loss import GISTLoss, rows_of_all
+from gistfast.losses.matryoshka import Matryoshka
 from gistfast.losses.schedules import Schedule, ScheduledLoss
 from gistfast.students.input import InputForm, TextSet
 from gistfast.students.lora import has_lora, merged
@@ -36,8 +39,8 @@ class GuidedTrainer(SentenceTransformerTrainer):
     positives and hardest candidates ("score/positive", "score/hardest") and what a step embedded: rows, tokens, the
     same with padding, texts of all columns, and distinct texts among them; with a replay also the texts embedded again
     and the relative length of the gradient that was left out. Temperature and margin are there where they change. With
-    several stores it has the loss of each that the steps took rows of ("loss/NAME"). What the clock says comes last
-    (`gistfast.training.pace`).
+    several stores it has the loss of each that the steps took rows of ("loss/NAME"), and with several widths the loss
+    at each ("loss_at/WIDTH"). What the clock says comes last (`gistfast.training.pace`).
 
     Attributes:
         evaluating: Whether an evaluation is under way, or failed.
@@ -52,6 +55,7 @@ class GuidedTrainer(SentenceTransformerTrainer):
         schedule: Schedule,
         finite: FiniteSteps,
         replay: Replay | None = None,
+        matryoshka: Matryoshka | None = None,
         **options: Any,
     ) -> None:
         """Take what is trained on, and the options of `SentenceTransformerTrainer`.
@@ -63,12 +67,13 @@ class GuidedTrainer(SentenceTransformerTrainer):
             schedule: Temperature and margin of each step.
             finite: Looks at the numbers of each step.
             replay: How much of the gradient goes back by embedding again; None to keep the graphs of all passes.
+            matryoshka: Widths at which the loss is taken; None for the student's own.
             **options: `data_collator` is a `MixedCollator`.
         """
         first, *others = losses.values()
         # The card names them all; the weights to be trained are the first one's as well as any other's.
-        loss: Any = dict(losses) if others else first
-        super().__init__(loss=loss, **options)
+        shown = {name: _shown(loss, matryoshka) for name, loss in losses.items()}
+        super().__init__(loss=cast(Any, shown if others else shown.popitem()[1]), **options)
         self.loss: Any = first
         self.losses = losses
         self.evaluating = False
@@ -77,6 +82,7 @@ class GuidedTrainer(SentenceTransformerTrainer):
         self.form = form
         self.finite = finite
         self.replay = replay
+        self.matryoshka = matryoshka
         self.scheduled = ScheduledLoss([first, *others], schedule)
         self._means = {"train": StepMeans(), "eval": StepMeans()}
         self._pace = Pace()
@@ -153,17 +159,27 @@ class GuidedTrainer(SentenceTransformerTrainer):
 
     def _contrast(self, loss: GISTLoss, batch: Batch, vectors: Tensor) -> Tensor:
         """The loss from the vectors (N, D) of the distinct texts."""
-        places, identity = batch["places"].T, batch["identity"].T
+        places = batch["places"].T
         # As an embedding, because the gradient of one adds up in the same order each time, on every device.
-        columns = functional.embedding(places, vectors)
+        parts = [functional.embedding(places, vectors), batch["guide"][places], batch["identity"].T]
         done, training = self.state.global_step, self.model.training
+        own_rows: dict[str, int] = {}
+        if loss.gather_across_devices and training:
+            own_rows = {"row_offset": places.shape[1] * get_rank(), "num_rows": places.shape[1]}
+            parts = [rows_of_all(part) for part in parts]
+        columns, guides, identities = parts
+
+        def contrast(columns: Tensor) -> Tensor:
+            return loss.contrast(columns.unbind(), guides.unbind(), identities.unbind(), **own_rows)
+
         when = f"step {done + 1}" if training else f"evaluation after step {done}"
         step = RowsOfStep(when, loss.store, batch["rows"])
         try:
-            if loss.gather_across_devices and training:
-                value = loss.contrast_gathered(columns, batch["guide"][places], identity)
+            if self.matryoshka is None:
+                value = contrast(columns)
             else:
-                value = loss.contrast(columns.unbind(), batch["guide"][places].unbind(), identity.unbind())
+                value, at_widths = self.matryoshka.loss(contrast, columns)
+                loss.last_stats |= at_widths
         except VectorError:
             self.finite.refuse_vectors(vectors, batch["places"], step)
             raise
@@ -214,6 +230,13 @@ class GuidedTrainer(SentenceTransformerTrainer):
         with merged(self.model):
             super()._save(output_dir, state_dict)
         save_trained(Path(cast(str, output_dir or self.args.output_dir)), self.model, self._loss_module)
+
+
+def _shown(loss: GISTLoss, matryoshka: Matryoshka | None) -> nn.Module:
+    """The loss as the card shows it: by the names that sentence-transformers' users know."""
+    if matryoshka is None:
+        return loss
+    return MatryoshkaLoss(loss.model, loss, list(matryoshka.weights), list(matryoshka.weights.values()))
 
 
 def _leave_the_group(worker: int) -> None:
