@@ -47,15 +47,18 @@ class LogBar(Bar):
     def __init__(self, description: str, total: int | None, unit: str) -> None:
         super().__init__(description, total, unit)
         self._last_line_s = self.begun_s
+        self._note = ""
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count work as done, and say so once a minute."""
         super().advance(count, note)
+        self._note = note or self._note
         if time.monotonic() - self._last_line_s < SECONDS_BETWEEN_LINES:
             return
         self._last_line_s = time.monotonic()
-        left = f", {(self.total - self.done) / self.rate():,.0f} s left" if self.total is not None else ""
-        logger.info("%s%s%s", self.summary(), left, f", {note}" if note else "")
+        # Nobody knows how long what has not begun will take.
+        left = f", {(self.total - self.done) / self.rate():,.0f} s left" if self.total is not None and self.done else ""
+        logger.info("%s%s%s", self.summary(), left, f", {self._note}" if self._note else "")
 
 
 class RichBar(Bar):

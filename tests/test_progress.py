@@ -37,9 +37,10 @@ def test_long_work_reports_with_the_time_left(
         caplog.at_level(logging.INFO, "gistfast"),
         progress("embedding texts", total=10, unit="texts") as bar,
     ):
-        bar.advance(5, note="padding 3 %")
-    assert "5 of 10 texts" in caplog.messages[1]
-    assert caplog.messages[1].endswith(" s left, padding 3 %")
+        bar.advance(0, note="padding 3 %")
+        bar.advance(5)
+    assert "5 of 10 texts" in caplog.messages[2]
+    assert caplog.messages[2].endswith(" s left, padding 3 %")
 
 
 def test_work_of_unknown_size_is_counted(caplog: pytest.LogCaptureFixture) -> None:
