@@ -2,6 +2,7 @@ import errno
 import gc
 import json
 import logging
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -411,6 +412,15 @@ def test_full_disk_is_one_line_and_loses_nothing(
         run(save_steps=2)
     assert "\n" not in str(caught.value)
     assert same_weights(plain.path, run(save_steps=2, resume=True).path)
+
+
+def test_folder_that_is_removed_during_the_run_is_one_line(run: Callable[..., TrainReport], tmp_path: Path) -> None:
+    with (
+        at_step(3, lambda: shutil.rmtree(tmp_path / "student")),
+        pytest.raises(GistfastError, match="was removed or renamed while the run wrote to it") as caught,
+    ):
+        run()
+    assert "\n" not in str(caught.value)
 
 
 def test_run_killed_before_its_last_file_is_only_saved_again(

@@ -31,7 +31,7 @@ from gistfast.training.modelcard import add_section, guide_section
 from gistfast.training.out_of_memory import memory_errors_in_one_line
 from gistfast.training.ranks import Ranks, join, left_in_one_line, without_their_warnings
 from gistfast.training.report import TrainReport, train_report
-from gistfast.training.run_folder import RunFolder, check_same_run, one_line_when_full, step_of
+from gistfast.training.run_folder import RunFolder, check_same_run, disk_errors_in_one_line, step_of
 from gistfast.training.run_picture import draw_run
 from gistfast.training.setup import make_trainer, mixed_batches
 from gistfast.training.store_watch import WatchStores
@@ -87,7 +87,7 @@ def train(
         model = load(settings)
     _begin(run, record, ranks, overwrite=settings.overwrite)
     upload_to = settings.push_to_hub if ranks.first else None
-    with one_line_when_full(run.path), left_in_one_line(), uploads_to(upload_to) as upload:
+    with disk_errors_in_one_line(run.path), left_in_one_line(), uploads_to(upload_to) as upload:
         more = [] if upload is None else [UploadCheckpoints(upload, run)]
         history = _fit(model, stores, settings, run, trackers, more, ranks)
         best = best_step(history) if settings.keep_best else None

@@ -208,8 +208,8 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
 
 
 @contextmanager
-def one_line_when_full(folder: Path) -> Iterator[None]:
-    """Say in one line that the disk is full, whoever noticed: each library has its own error for it.
+def disk_errors_in_one_line(folder: Path) -> Iterator[None]:
+    """Say in one line that the disk is full or the folder gone, whoever noticed: each library has its own error for it.
 
     Raises:
         GistfastError: When it is.
@@ -217,6 +217,8 @@ def one_line_when_full(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if not folder.is_dir():
+            raise GistfastError(f"{folder} was removed or renamed while the run wrote to it: begin it anew") from error
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if not full and shutil.disk_usage(folder).free >= 1 << 20:
             raise
