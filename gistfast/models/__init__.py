@@ -4,5 +4,6 @@ hub               what is downloaded of a model
 folder            a name becomes a folder that was looked at
 adapter           LoRA adapters, merged
 pretrained        a folder becomes a loaded model
-packed_attention  of a model that takes texts in one row, without padding
+encoder           the transformer in it
+packed_texts      texts in one row, without padding; packed_attention, which keeps them apart
 """

@@ -52,6 +52,24 @@ def unpack_attention(encoder: PreTrainedModel) -> None:
     encoder.set_attn_implementation("sdpa")
 
 
+def packing_missing(device: torch.device, half_precision: str | None) -> str | None:
+    """What is known to keep packed passes from running on a device; None when nothing is.
+
+    Args:
+        device: The model's.
+        half_precision: How to compute in half precision; None where that is so.
+    """
+    if device.type == "cpu":
+        return None
+    name = "PyTorch's variable-length attention"
+    if device.type != "cuda":
+        return f"{name} does not run on {device.type}"
+    if half_precision is not None:
+        return f"{name} computes in half precision: give {half_precision}"
+    missing = varlen_missing(device)
+    return None if missing is None else f"{name}: {missing}"
+
+
 def varlen_missing(device: torch.device) -> str | None:
     """What keeps PyTorch's variable-length attention from running on a device; None when nothing is known to.
 

@@ -12,8 +12,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gistfast.models.encoder import encoder_of
 from gistfast.students.input import InputForm, TextSet
-from gistfast.students.layers import encoder_of
 
 
 @dataclass(frozen=True)

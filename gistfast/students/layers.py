@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from gistfast.errors import ConfigError, ModelError, first_line
+from gistfast.models.encoder import encoder_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +48,6 @@ def keep_transformer_layers(model: SentenceTransformer, layers: Sequence[int]) -
     nn.Module.to(smaller, device=encoder.device, dtype=encoder.dtype)
     replace_encoder(model, smaller)
     logger.info("student: kept layers %s of %d", ",".join(map(str, layers)), num_layers)
-
-
-def encoder_of(model: SentenceTransformer) -> PreTrainedModel:
-    """The model's transformer.
-
-    Raises:
-        ModelError: When it has none with layers.
-    """
-    encoder = model.transformers_model
-    if not isinstance(encoder, PreTrainedModel) or not hasattr(encoder.config, "num_hidden_layers"):
-        raise ModelError(f"the student has no transformer layers, its first module is {type(model[0]).__name__}")
-    return encoder
 
 
 def replace_encoder(model: SentenceTransformer, encoder: PreTrainedModel) -> None:

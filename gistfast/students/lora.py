@@ -19,7 +19,8 @@ from sentence_transformers import SentenceTransformer
 
 from gistfast.errors import ConfigError, first_line
 from gistfast.models.adapter import import_peft
-from gistfast.students.layers import encoder_of, replace_encoder
+from gistfast.models.encoder import encoder_of
+from gistfast.students.layers import replace_encoder
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,10 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from gistfast.errors import ConfigError, ModelError
+from gistfast.models.encoder import encoder_of
 from gistfast.models.folder import model_folder
 from gistfast.models.pretrained import Pooling, load_sentence_transformer, pick_device
-from gistfast.students.layers import encoder_of, freeze_parts, keep_transformer_layers
+from gistfast.students.layers import freeze_parts, keep_transformer_layers
 from gistfast.students.lora import Lora, add_lora
 from gistfast.students.shape import add_head, set_normalize
 

@@ -6,7 +6,6 @@ Shapes: N texts, D student width.
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,17 +13,16 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from gistfast.errors import ConfigError, first_line
-from gistfast.models.packed_attention import varlen_missing
+from gistfast.models.packed_attention import packing_missing
+from gistfast.models.packed_texts import Attention, largest_error, unpack_texts
 from gistfast.students.input import InputForm, TextSet
-from gistfast.students.packed import PackedForm, pack, unpack
+from gistfast.students.packed import PackedForm, pack
 from gistfast.training.collate import Collator
 from gistfast.training.passes import PackedPasses, Passes
 from gistfast.training.step import embed
 from gistfast.training.trial import as_in_a_run, early_weights, some_texts
 
 logger = logging.getLogger(__name__)
-
-Attention = Literal["auto", "padded", "unpadded"]
 
 # Padded passes in the run's precision are off from fp32 by so much; packed ones may be by so many times as much, or, in
 # fp32, where that is nothing, by so much of a vector's length. Texts that see each other are off by far more.
@@ -68,15 +66,7 @@ def _missing(model: SentenceTransformer, form: InputForm, bf16: bool) -> str | N
     """What is known to keep packed passes from running."""
     if form.padding == "none":
         return "the student has no attention"
-    if model.device.type == "cpu":
-        return None
-    name = "PyTorch's variable-length attention"
-    if model.device.type != "cuda":
-        return f"{name} does not run on {model.device.type}"
-    if not bf16:
-        return f"{name} computes in half precision: give --bf16"
-    missing = varlen_missing(model.device)
-    return None if missing is None else f"{name}: {missing}"
+    return packing_missing(model.device, None if bf16 else "--bf16")
 
 
 def _packed(
@@ -91,7 +81,7 @@ def _packed(
     except Exception as error:  # What was not made for packed passes may raise anything.
         wrong = first_line(error)
     if packed is not None and wrong is not None:
-        unpack(model)
+        unpack_texts(model)
     return packed if packed is not None and wrong is None else str(wrong)
 
 
@@ -106,9 +96,9 @@ def _difference(
     with as_in_a_run(model, training=False, bf16=bf16):
         padded, found = _outcome(model, form, texts), _outcome(model, packed, in_rows)
     for name, wanted, usual, other in zip(("vectors", "gradients"), right, padded, found, strict=True):
-        limit = max(_TIMES_PADDED * _error(usual, wanted), _IN_FLOAT32)
+        limit = max(_TIMES_PADDED * largest_error(usual, wanted), _IN_FLOAT32)
         # Not "above": what is not a number is not above either.
-        if not (off := _error(other, wanted)) <= limit:
+        if not (off := largest_error(other, wanted)) <= limit:
             return f"its {name} are off by {off:.2g} of their length, rounding is up to {limit:.2g}"
     # What draws at random cannot be compared; that it can be computed is to be seen.
     with as_in_a_run(model, training=True, bf16=bf16), torch.no_grad():
@@ -123,9 +113,3 @@ def _outcome(model: SentenceTransformer, form: InputForm, texts: TextSet) -> tup
         direction = torch.linspace(-1, 1, vectors.numel(), device=vectors.device).view_as(vectors)
         gradients = torch.autograd.grad((vectors * direction).sum(), early_weights(model))
     return vectors.detach(), torch.cat([gradient.float().flatten() for gradient in gradients])[None]
-
-
-def _error(found: Tensor, right: Tensor) -> float:
-    """Length of the largest difference of two rows, relative to that of the right one."""
-    lengths = torch.linalg.vector_norm(right, dim=1).clamp_min(torch.finfo(right.dtype).tiny)
-    return float((torch.linalg.vector_norm(found - right, dim=1) / lengths).max())

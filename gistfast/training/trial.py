@@ -9,8 +9,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from gistfast.models.encoder import encoder_of
 from gistfast.students.input import TextSet
-from gistfast.students.layers import encoder_of
 from gistfast.training.collate import Collator
 
 # Rows that are tried, and among how many the longest text is looked for.
