@@ -84,6 +84,14 @@ def test_adapter_within_sentence_transformers_gives_what_it_gives_there(adapted_
     assert (guide.info.query_prompt, guide.info.max_length, guide.info.pooling) == ("q: ", 24, "mean")
 
 
+def test_adapter_with_its_texts_in_one_row_gives_the_same(adapter: Path) -> None:
+    padded, unpadded = (
+        load_guide(str(adapter), pooling="cls", dtype="float32", device="cpu", attention=way)  # type: ignore[arg-type]
+        for way in ("padded", "unpadded")
+    )
+    np.testing.assert_allclose(unpadded.embed(TEXTS, "query"), padded.embed(TEXTS, "query"), atol=2e-6)
+
+
 def test_first_module_may_lie_in_a_folder_of_its_own(adapted_transformer: Path, tmp_path: Path) -> None:
     folder = copy_of(adapted_transformer, tmp_path / "model")
     listed = json.loads((folder / "modules.json").read_text())

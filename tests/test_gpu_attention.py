@@ -1,15 +1,18 @@
-"""Texts in one row, and a compiled student, on a card: `pytest tests/test_gpu_attention.py`."""
+"""Texts in one row of students and guides, and a compiled student, on a card: `pytest tests/test_gpu_attention.py`."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from attention_cases import ENCODERS, TEXTS, forms, make_student
+from attention_cases import ENCODERS, TEXTS, forms, make_encoder, make_student
 from train_cases import steps, train_small
 from transformers import AutoTokenizer
 
 from gistfast import gpu_check
+from gistfast.guides.batch_done import BatchDone
+from gistfast.guides.guide import load_guide
 from gistfast.models.packed_attention import varlen_missing
 from gistfast.training.attention import _difference
 from gistfast.training.passes import PackedPasses
@@ -46,6 +49,33 @@ def test_packed_passes_are_no_worse_than_padded_ones(name: str, folder: Path, tm
     student = make_student(name, tmp_path, tokenizer, "mean", ENCODERS[name], "cuda")
     (form, padded), (packed, _) = forms(student, TEXTS)
     assert _difference(student, form, packed, padded.to("cuda"), PackedPasses(40), bf16=True) is None
+
+
+@pytest.mark.usefixtures("needs_varlen")
+@pytest.mark.parametrize("name", ENCODERS)
+def test_guide_has_the_vectors_of_padded_texts(name: str, folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    encoder = make_encoder(name, tmp_path, tokenizer, **ENCODERS[name])
+    pooling: Any = "last" if name in ("Qwen3", "Mistral") else "mean"
+    # More than a budget can be measured on.
+    texts = [f"{text} {number}" for number in range(2000) for text in TEXTS]
+    vectors, done = {}, {}
+    for attention in ("padded", "unpadded", "auto"):
+        batches: list[BatchDone] = []
+        guide = load_guide(
+            str(encoder),
+            pooling=pooling,
+            max_length=32,
+            dtype="bfloat16",
+            device="cuda",
+            attention=attention,  # type: ignore[arg-type]
+        )
+        vectors[attention] = guide.embed(texts, "query", batches.append)
+        done[attention] = sum(batch.num_padded for batch in batches) / sum(batch.num_tokens for batch in batches)
+    assert done["padded"] > done["unpadded"] == done["auto"] == 1
+    np.testing.assert_allclose(vectors["unpadded"], vectors["padded"], atol=0.05)
+    assert np.abs(vectors["unpadded"] - vectors["padded"]).mean() < 0.005
+    np.testing.assert_allclose(vectors["auto"], vectors["unpadded"], atol=0.05)
 
 
 def losses(folder: Path, out: Path, **options: Any) -> list[float]:

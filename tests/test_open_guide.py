@@ -35,6 +35,7 @@ VALUES: dict[str, Any] = {
     "decode_with": "student",
     "device": "cpu",
     "tokens_per_batch": 512,
+    "attention": "unpadded",
     "trust_remote_code": True,
     "guide_model": "m",
     "server_concurrency": 2,

@@ -1,8 +1,8 @@
 """Texts in, vectors out: the guides.
 
 kinds, open_guide      which kind --guide names, and how it is opened
-guide                  a model of this machine; with token_batches, token_budget, precision, packed_linear,
-ahead and spelling
+guide                  a model of this machine; with attention, token_batches, token_budget, precision,
+packed_linear, ahead and spelling
 server_guide           a model behind a server; with server_requests, server_answers, embedding_server
 ready_guide            vectors that are there already; with ready_texts, ready_vectors
 info                   what tells one guide from every other

@@ -20,6 +20,7 @@ from sentence_transformers.util import batch_to_device
 
 from gistfast.errors import ModelError
 from gistfast.guides.ahead import run_ahead
+from gistfast.guides.attention import choose_padding, may_be_unpadded, tried_texts
 from gistfast.guides.batch_done import BatchDone, OnBatch
 from gistfast.guides.directions import Vectors, shown, unit_vectors
 from gistfast.guides.info import describe_guide
@@ -29,6 +30,7 @@ from gistfast.guides.spelling import StudentSpelling
 from gistfast.guides.token_batches import CHARS_PER_WINDOW, Padding, TokenBatch, TokenWindow, cut_windows, tokenise
 from gistfast.guides.token_budget import TOKENS_PER_CPU_BATCH, TOKENS_PER_GPU_BATCH, measure_budget
 from gistfast.models.folder import model_folder
+from gistfast.models.packed_texts import Attention
 from gistfast.models.pretrained import Pooling, load_sentence_transformer, pick_device
 from gistfast.models.prompts import Role
 from gistfast.store import GuideInfo
@@ -59,6 +61,7 @@ class ModelGuide:
         info: GuideInfo,
         *,
         tokens_per_batch: int | None = None,
+        attention: Attention = "auto",
         respell: Callable[[list[str]], list[str]] | None = None,
     ) -> None:
         """Take a loaded model; `load_guide` loads and describes one.
@@ -67,7 +70,11 @@ class ModelGuide:
             model: In evaluation mode, on its device.
             info: From `describe_guide`.
             tokens_per_batch: Tokens of one forward pass; chosen for the device when None.
+            attention: Whether texts are padded or stand in one row.
             respell: Called with the texts of a window before they are tokenised.
+
+        Raises:
+            ConfigError: When "unpadded" attention is asked for and cannot be had.
         """
         self._model = model
         self._info = info
@@ -75,6 +82,8 @@ class ModelGuide:
         self._tokens_per_batch = tokens_per_batch or (TOKENS_PER_CPU_BATCH if self._on_cpu else None)
         self._respell = respell
         self._padding = Padding.of(model)
+        self._attention = attention
+        self._to_be_tried = may_be_unpadded(model, self._padding, attention)
 
     @property
     def info(self) -> GuideInfo:
@@ -90,6 +99,7 @@ class ModelGuide:
             on_batch: Called with each batch that is done.
 
         Raises:
+            ConfigError: When "unpadded" attention is asked for and gives other vectors.
             ModelError: When a batch does not fit in the GPU's memory.
             VectorError: When a vector is zero or not finite; its text is named.
         """
@@ -110,6 +120,8 @@ class ModelGuide:
         """Every batch with its vectors, as they come from the model."""
         if not len(texts):
             return
+        if self._to_be_tried:
+            self._choose_padding(texts, role)
         budget = self._budget(texts, role)
 
         def tokenised(numbers: Any) -> TokenWindow:
@@ -144,6 +156,13 @@ class ModelGuide:
         vectors: Vectors = output["sentence_embedding"][:, : self._info.width].float().cpu().numpy()
         return vectors
 
+    def _choose_padding(self, texts: Sequence[str], role: Role) -> None:
+        """Padding or one row, from what some of the first texts show."""
+        tried = tried_texts(texts)
+        window = self._tokenise(tried, np.arange(len(tried)), role)
+        self._padding = choose_padding(self._model, window, self._forward, self._attention)
+        self._to_be_tried = False
+
     def _budget(self, texts: Sequence[str], role: Role) -> int:
         """Tokens of a batch; on a GPU measured once, on the longest of the first texts that are enough for it."""
         if self._tokens_per_batch is None and self._padding is not None:
@@ -176,6 +195,7 @@ def load_guide(
     device: str = "auto",
     trust_remote_code: bool = False,
     tokens_per_batch: int | None = None,
+    attention: Attention = "auto",
     decode_with: str | None = None,
 ) -> ModelGuide:
     """A guide from a folder or hub id: sentence-transformers, or a plain transformers encoder with `pooling`.
@@ -192,12 +212,14 @@ def load_guide(
         trust_remote_code: Whether code that comes with the model may run.
         tokens_per_batch: Tokens of one forward pass, padding included. When None, 1,024 on a CPU, and on a GPU
             the fastest of a few that are tried on the first texts.
+        attention: "padded" texts, or "unpadded" ones in one row; "auto" is one row on a GPU where that runs and gives
+            the same vectors.
         decode_with: A student whose tokenizer cuts and respells each text first: a guide that lives in the
             training process is given the student's tokens, decoded.
 
     Raises:
         ModelError: When the guide or the student cannot be loaded.
-        ConfigError: When there is no such device.
+        ConfigError: When there is no such device, or "unpadded" attention is asked for and cannot be had.
     """
     folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code)
     device = pick_device(device)
@@ -226,4 +248,4 @@ def load_guide(
         pool_in_float32(model)
     if can_pack(model):
         pack_linears(model)
-    return ModelGuide(model, info, tokens_per_batch=tokens_per_batch, respell=spelling)
+    return ModelGuide(model, info, tokens_per_batch=tokens_per_batch, attention=attention, respell=spelling)

@@ -21,6 +21,7 @@ OPTIONS: dict[GuideKind, tuple[str, ...]] = {
         "decode_with",
         "device",
         "tokens_per_batch",
+        "attention",
         "trust_remote_code",
     ),
     "server": (

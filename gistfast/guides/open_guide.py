@@ -49,5 +49,6 @@ def open_guide(settings: Mapping[str, Any]) -> Guide:
         device=settings["device"],
         trust_remote_code=settings["trust_remote_code"],
         tokens_per_batch=settings["tokens_per_batch"],
+        attention=settings["attention"],
         decode_with=settings["decode_with"],
     )

@@ -69,6 +69,6 @@ def _asked(info: GuideInfo, settings: StoreRepairSettings) -> PrecomputeSettings
         names = {mode: name for name, mode in POOLING_MODES.items()}
         asked |= {"pooling": names.get(info.pooling.partition(", ")[0]), "max_length": info.max_length}
         asked |= {"dtype": info.compute_dtype, "guide_revision": None if settings.guide else info.revision}
-        asked |= {name: getattr(settings, name) for name in ("decode_with", "device", "tokens_per_batch")}
+        asked |= {name: getattr(settings, name) for name in ("decode_with", "device", "tokens_per_batch", "attention")}
         asked |= {"trust_remote_code": settings.trust_remote_code}
     return build(PrecomputeSettings, asked)

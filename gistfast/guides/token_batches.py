@@ -1,7 +1,7 @@
-"""Texts to batches of tokens with next to no padding.
+"""Texts to batches of tokens with next to no padding, or none.
 
 Texts of similar length are tokenised together, a window at a time; the texts of a window are sorted by their number
-of tokens and cut into batches, each padded to its own longest text only.
+of tokens and cut into batches, each padded to its own longest text only, or put in one row.
 
 # N texts, L tokens of the longest of them
 """
@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
 from gistfast.errors import ModelError, first_line
+from gistfast.models.packed_texts import bounds_of_texts
 
 Array = np.ndarray[Any, Any]
 
@@ -31,8 +32,8 @@ class TokenBatch(NamedTuple):
     """Texts that go through the model together.
 
     Attributes:
-        numbers: Of the texts, in the order of the rows.
-        features: What the model reads; tensors (N, L), and values that hold for all rows.
+        numbers: Of the texts, in the order of their vectors.
+        features: What the model reads; tensors (N, L) or of one row, and values that hold for all texts.
         num_tokens: Tokens of the texts.
         num_padded: Tokens of the batch, padding included.
     """
@@ -80,6 +81,61 @@ class Padding:
         encoder = type(getattr(model[0], "model", None))
         return cls(bool(mask[row, -1]), values, masked=not encoder.__module__.startswith("transformers.models."))
 
+    def num_fitting(self, lengths: Array, tokens_per_batch: int) -> int:
+        """How many texts make one batch, at least 1.
+
+        Args:
+            lengths: Tokens of the texts, the longest first.
+            tokens_per_batch: Tokens that a batch may have, padding included.
+        """
+        return min(max(tokens_per_batch // max(int(lengths[0]), 1), 1), len(lengths))
+
+    def features(self, tokens: Mapping[str, Array], lengths: Array) -> tuple[dict[str, Any], int]:
+        """What the model reads of one batch, and how many tokens that is, padding included.
+
+        Args:
+            tokens: For each feature that has one number a token, the numbers of the texts, one text after another.
+            lengths: Tokens of the texts, the longest first.
+        """
+        columns = np.arange(max(int(lengths[0]), 1))
+        sizes = lengths[:, None]
+        real = columns >= len(columns) - sizes if self.left else columns < sizes
+        features = {}
+        for key, filler in self.values.items():
+            filled = np.full(real.shape, filler, np.int64)
+            filled[real] = tokens[key]
+            features[key] = torch.from_numpy(filled)
+        if self.masked or not real.all():
+            features["attention_mask"] = torch.from_numpy(real.astype(np.int64))
+        return features, real.size
+
+
+@dataclass(frozen=True)
+class PackedRows(Padding):
+    """Texts in one row in place of padding, for models that `gistfast.models.packed_texts.pack_texts` has prepared.
+
+    Attributes:
+        first_position: Number of the position of a text's first token.
+    """
+
+    first_position: int
+
+    def num_fitting(self, lengths: Array, tokens_per_batch: int) -> int:
+        """How many texts make one batch, at least 1; texts without tokens are batches of padding."""
+        ends = np.cumsum(lengths[lengths > 0])
+        if not len(ends):
+            return super().num_fitting(lengths, tokens_per_batch)
+        return max(int(np.searchsorted(ends, tokens_per_batch, side="right")), 1)
+
+    def features(self, tokens: Mapping[str, Array], lengths: Array) -> tuple[dict[str, Any], int]:
+        """What the model reads of one batch, and how many tokens that is."""
+        longest, num_tokens = int(lengths[0]), int(lengths.sum())
+        if not longest:
+            return super().features(tokens, lengths)
+        rows = {key: torch.from_numpy(tokens[key])[None] for key in self.values}
+        bounds = bounds_of_texts(torch.from_numpy(lengths), num_tokens, longest, self.first_position)
+        return rows | bounds, num_tokens
+
 
 @dataclass(frozen=True)
 class TokenWindow:
@@ -90,7 +146,7 @@ class TokenWindow:
         lengths: Their tokens, (N,).
         tokens: For each feature that has one number a token, the numbers of all texts, one text after another.
         shared: Features that hold for all texts.
-        padding: How rows are filled up; None for models that take all texts in one row.
+        padding: How rows are filled up, or texts put in one row; None for models without attention.
     """
 
     numbers: Array
@@ -115,23 +171,12 @@ class TokenWindow:
         ends = np.concatenate([[0], np.cumsum(self.lengths)])
         first = 0
         while first < len(self.numbers):
-            longest = max(int(self.lengths[first]), 1)
-            last = min(first + max(tokens_per_batch // longest, 1), len(self.numbers))
-            yield self._batch(first, last, slice(ends[first], ends[last]), self.padding)
+            last = first + self.padding.num_fitting(self.lengths[first:], tokens_per_batch)
+            tokens = {key: values[ends[first] : ends[last]] for key, values in self.tokens.items()}
+            lengths = self.lengths[first:last]
+            features, num_padded = self.padding.features(tokens, lengths)
+            yield TokenBatch(self.numbers[first:last], {**self.shared, **features}, int(lengths.sum()), num_padded)
             first = last
-
-    def _batch(self, first: int, last: int, tokens: slice, padding: Padding) -> TokenBatch:
-        lengths = self.lengths[first:last, None]
-        columns = np.arange(max(int(lengths[0, 0]), 1))
-        real = columns >= len(columns) - lengths if padding.left else columns < lengths
-        features = dict(self.shared)
-        for key, filler in padding.values.items():
-            filled = np.full(real.shape, filler, np.int64)
-            filled[real] = self.tokens[key][tokens]
-            features[key] = torch.from_numpy(filled)
-        if padding.masked or not real.all():
-            features["attention_mask"] = torch.from_numpy(real.astype(np.int64))
-        return TokenBatch(self.numbers[first:last], features, int(lengths.sum()), real.size)
 
 
 def tokenise(

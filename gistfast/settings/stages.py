@@ -102,6 +102,9 @@ class PrecomputeSettings(Settings):
         "Tokens of a forward pass; when left out 1024 on a CPU, measured at the start on a GPU.",
         at_least=1,
     )
+    attention: Literal["auto", "padded", "unpadded"] = setting(
+        "auto", "Texts padded to one length or in one row; auto is one row on a GPU where that gives the same vectors."
+    )
     guide_model: str | None = setting(None, "What an embedding server calls the model; a server needs it.")
     server_concurrency: int = setting(8, "Requests on their way to an embedding server at once.", at_least=1)
     server_batch: int = setting(32, "Texts of a request; halved where the server refuses so many.", at_least=1)

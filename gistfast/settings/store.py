@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from gistfast.errors import ConfigError
 from gistfast.guides.kinds import refuse_options_of_other_guides
@@ -43,6 +44,9 @@ class StoreRepairSettings(Settings):
     device: str = setting("auto", "Device of the guide: auto, cpu, cuda or cuda:N.")
     tokens_per_batch: int | None = setting(
         None, "Tokens of a forward pass; chosen for the device when left out.", at_least=1
+    )
+    attention: Literal["auto", "padded", "unpadded"] = setting(
+        "auto", "Texts padded to one length or in one row; auto is one row on a GPU where that gives the same vectors."
     )
     trust_remote_code: bool = setting(False, "Run code that comes with the guide. Only for models you trust.")
     api_key_env: str = setting("GISTFAST_API_KEY", "Environment variable with the key of an embedding server.")
