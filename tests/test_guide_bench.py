@@ -19,6 +19,16 @@ def test_table_has_a_line_for_each_way(tiny_student: Path, capsys: pytest.Captur
     assert "| 1.00 (1.00 to 1.00) | 0.0e+00 | 0.0e+00 |" in lines[0]
 
 
+def test_ways_of_attention_stand_beside_each_other(tiny_student: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--guide", str(tiny_student), "--texts", "40", "--repeats", "1", "--attention", "padded", "unpadded"]
+    assert guide_bench.main(words) == 0
+    said = capsys.readouterr().out
+    assert "| gistfast padded, float32 | " in said
+    assert "| gistfast unpadded, float32 | " in said
+    assert " 1.000 (gistfast unpadded, float32)" in said
+    assert " 1.000 (gistfast padded, float32)" not in said
+
+
 def test_wrong_vectors_give_no_figures(tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = ModelGuide._forward
 

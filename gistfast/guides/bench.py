@@ -1,8 +1,9 @@
 """Texts embedded a second, against sentence-transformers: `python -m gistfast.guides.bench`.
 
 The same guide, texts and threads, in turns within one run: `SentenceTransformer.encode` with its default settings,
-which sorts by characters, and the guide as `gistfast precompute` runs it, each in fp32 and bf16. The texts are
-docstrings of installed packages: English of every length. Vectors are compared first; wrong ones give no figures.
+which sorts by characters, and the guide as `gistfast precompute` runs it, each in fp32 and bf16; with several values of
+--attention once for each. The texts are docstrings of installed packages: English of every length. Vectors are compared
+first; wrong ones give no figures.
 """
 
 import argparse
@@ -11,10 +12,10 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ from sentence_transformers import SentenceTransformer
 
 from gistfast.demo.docstrings import docstrings_in
 from gistfast.demo.models import demo_guide
-from gistfast.guides.batch_done import BatchDone, OnBatch
+from gistfast.guides.batch_done import BatchDone
 from gistfast.guides.directions import Vectors
 from gistfast.guides.guide import ModelGuide, load_guide
 from gistfast.guides.precision import cpu_multiplies_bfloat16
 from gistfast.models.folder import model_folder
+from gistfast.models.packed_texts import Attention
 from gistfast.models.pretrained import load_sentence_transformer, pick_device
 
 # gistfast depends on them, so they are there.
@@ -44,11 +46,18 @@ class Contender:
         name: As the table shows it.
         dtype: Precision that it computes in.
         embed: Gives vectors of length 1.
+        done: What gistfast embedded so far.
     """
 
     name: str
     dtype: str
     embed: Callable[[list[str]], Vectors]
+    done: list[BatchDone] = field(default_factory=list)
+
+    @property
+    def padding(self) -> float:
+        """Tokens computed for each token of a text."""
+        return sum(batch.num_padded for batch in self.done) / sum(batch.num_tokens for batch in self.done)
 
 
 def docstrings(count: int, seed: int = 0) -> list[str]:
@@ -72,22 +81,27 @@ def docstrings(count: int, seed: int = 0) -> list[str]:
     return draw.sample(list(found), count)
 
 
-def contenders(guide: str, device: str, tokens_per_batch: int | None, on_batch: OnBatch) -> list[Contender]:
+def contenders(
+    guide: str, device: str, tokens_per_batch: int | None, attentions: Sequence[Attention]
+) -> list[Contender]:
     """All ways to compare, the baseline first; bf16 only where the device multiplies it.
 
     Args:
         guide: Folder or hub id.
         device: As PyTorch names it.
         tokens_per_batch: Token budget; chosen for the device when None.
-        on_batch: Called with each batch that gistfast embeds.
+        attentions: Of gistfast, one way for each.
     """
     fast = device != "cpu" or cpu_multiplies_bfloat16()
     made = []
     for dtype in ("float32", "bfloat16") if fast else ("float32",):
         peer = load_sentence_transformer(model_folder(guide), dtype=getattr(torch, dtype), device=device)
         made.append(Contender(f"encode, {dtype}", dtype, _encoder(peer)))
-        mine = load_guide(guide, dtype=dtype, device=device, tokens_per_batch=tokens_per_batch)
-        made.append(Contender(f"gistfast, {dtype}", dtype, _embedder(mine, on_batch)))
+        for attention in attentions:
+            mine = load_guide(guide, dtype=dtype, device=device, tokens_per_batch=tokens_per_batch, attention=attention)
+            name = "gistfast" if attention == "auto" else f"gistfast {attention}"
+            done: list[BatchDone] = []
+            made.append(Contender(f"{name}, {dtype}", dtype, _embedder(mine, done), done))
     return made
 
 
@@ -95,8 +109,8 @@ def _encoder(model: SentenceTransformer) -> Callable[[list[str]], Vectors]:
     return lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 
 
-def _embedder(guide: ModelGuide, on_batch: OnBatch) -> Callable[[list[str]], Vectors]:
-    return lambda texts: guide.embed(texts, "document", on_batch)
+def _embedder(guide: ModelGuide, done: list[BatchDone]) -> Callable[[list[str]], Vectors]:
+    return lambda texts: guide.embed(texts, "document", done.append)
 
 
 def score_errors(vectors: Vectors, exact: Vectors) -> "np.ndarray[Any, Any]":
@@ -161,20 +175,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="rounds to time (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--tokens-per-batch", type=int, help="token budget (default: as precompute chooses)")
+    parser.add_argument(
+        "--attention", nargs="+", choices=get_args(Attention), default=["auto"], help="one or several (default: auto)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     guide, device = options.guide or str(demo_guide()), pick_device(options.device)
     texts = docstrings(options.texts)
-    done: list[BatchDone] = []
-    ways = contenders(guide, device, options.tokens_per_batch, done.append)
+    ways = contenders(guide, device, options.tokens_per_batch, options.attention)
     vectors = {way.name: way.embed(texts) for way in ways}
     errors = {name: score_errors(given, vectors[BASELINE]) for name, given in vectors.items()}
     check(errors, ways)
-    num_tokens = sum(batch.num_tokens for batch in done)
-    padding = sum(batch.num_padded for batch in done) / num_tokens
-    tokens_a_text = num_tokens / sum(batch.num_texts for batch in done)
+    mine = [way for way in ways if way.done]
+    tokens_a_text = sum(batch.num_tokens for batch in mine[0].done) / len(texts)
+    padding = ", ".join(f"{way.padding:.3f} ({way.name})" for way in mine)
     seconds = measure(ways, texts, options.repeats)
     where = (
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -182,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else device
     )
     print(f"{model_folder(guide).name}, {len(texts)} docstrings of {tokens_a_text:.0f} tokens on average, {where}")
-    print(f"padding factor {padding:.3f}; median of {options.repeats} rounds, 20th to 80th percentile in brackets\n")
+    print(f"padding factor {padding}; median of {options.repeats} rounds, 20th to 80th percentile in brackets\n")
     print(report(ways, seconds, errors, len(texts)))
     return 0
 
