@@ -218,6 +218,41 @@ def test_index_is_built_anew_where_vectors_changed_or_the_store_grew_too_far(
         path.write_text(json.dumps(record))
 
 
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage", "problem"),
+    [
+        (".faiss", flip, "its checksum differs"),
+        (".faiss", Path.unlink, "is missing"),
+        (".json", lambda path: path.write_text("{}"), "has other fields than expected"),
+    ],
+)
+def test_damaged_index_is_not_taken_over_by_an_append(
+    suffix: str,
+    damage: Callable[[Path], None],
+    problem: str,
+    small_shards: None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    old = store_at(tmp_path / "store", source_of(tmp_path / "old.jsonl", rows(50)))
+    build_index(old, "flat")
+    damage(file_of(old, suffix))
+    new = store_at(tmp_path / "store", source_of(tmp_path / "more.jsonl", rows(80)), mode="append")
+    report = build_index(new, "flat")
+    assert report is not None
+    assert f"the index is built anew, not added to: {old.path / 'index'}" in caplog.text
+    assert problem in caplog.text
+    undisturbed = GuideStore.open(shutil.copytree(new.path, tmp_path / "undisturbed"))
+    shutil.rmtree(undisturbed.path / "index")
+    assert build_index(undisturbed, "flat") == report
+
+
 class Gpus:
     """faiss with two GPUs, which copy indexes to themselves."""
 
@@ -301,7 +336,7 @@ def test_damaged_index_is_named(make_store: MakeStore) -> None:
     build_index(store, "flat")
     path = file_of(store, ".faiss")
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(StoreError, match="is damaged, faiss cannot read it: delete the folder"):
+    with pytest.raises(StoreError, match="is damaged, faiss cannot read it: mend it with `gistfast store repair`"):
         load_index(store)
     file_of(store, ".json").write_text("{}")
     with pytest.raises(StoreError, match="has other fields than expected"):

@@ -21,8 +21,8 @@ from gistfast.neighbours.index_build import IndexBuilder, write_index
 from gistfast.neighbours.index_recall import tune
 from gistfast.neighbours.index_types import IndexKind, IndexPlan, plan_index
 from gistfast.store import GuideStore
-from gistfast.store.files import fingerprint_of, one_line_write_errors, read_json, write_json
-from gistfast.store.shards import read_commit
+from gistfast.store.files import file_checksum, fingerprint_of, one_line_write_errors, read_json, write_json
+from gistfast.store.shards import ADVICE, read_commit
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def _read(faiss: Any, path: Path) -> Any:
     try:
         return faiss.read_index(str(path))
     except RuntimeError as error:
-        raise StoreError(f"{path} is damaged, faiss cannot read it: delete the folder and build it again") from error
+        raise StoreError(f"{path} is damaged, faiss cannot read it: {ADVICE}") from error
 
 
 def report_at(path: Path) -> IndexReport:
@@ -194,22 +194,49 @@ def report_at(path: Path) -> IndexReport:
     try:
         return IndexReport(**read_json(path))
     except TypeError as error:
-        raise StoreError(f"{path} has other fields than expected: delete {path.parent} and build it again") from error
+        raise StoreError(f"{path} has other fields than expected: {ADVICE}") from error
+
+
+def file_problem(path: Path, report: IndexReport, *, deep: bool) -> str | None:
+    """What is wrong with the index's file beside its report; None when nothing is.
+
+    Args:
+        path: The file.
+        report: What is known of it.
+        deep: Whether to read all of it; else its size is looked at.
+    """
+    size = path.stat().st_size if path.is_file() else None
+    if size != report.bytes:
+        found = "is missing" if size is None else f"has {size} bytes, expected {report.bytes}"
+        return f"{path} {found}: {ADVICE}"
+    if deep and file_checksum(path) != report.xxh3_128:
+        return f"{path} was changed after it was written (its checksum differs): {ADVICE}"
+    return None
 
 
 def _index_to_extend(faiss: Any, store: GuideStore, plan: IndexPlan) -> tuple[Any, int] | None:
     """An index of the store's first vectors and the vectors its lists were made for; None when there is none."""
     ends = np.cumsum(store.manifest.plan.texts).tolist()
     for path in sorted((store.path / "index").glob("*.json")):
-        report = report_at(path)
+        try:
+            report = report_at(path)
+        except StoreError as error:
+            logger.warning("the index is built anew, not added to: %s", error)
+            continue
         same_kind = (report.kind, report.code_bytes) == (plan.kind, plan.code_bytes)
         large_enough = plan.kind == "flat" or report.num_trained >= SHARE_TO_EXTEND * store.num_texts
         if not same_kind or not large_enough or report.num_vectors not in ends:
             continue
         num_shards = ends.index(report.num_vectors) + 1
-        if num_shards < len(ends) and report.vectors == hash_of_vectors(store, num_shards):
-            logger.info("adding to the index of the store's first %d vectors", report.num_vectors)
-            return _read(faiss, path.with_suffix(".faiss")), report.num_trained
+        if num_shards == len(ends) or report.vectors != hash_of_vectors(store, num_shards):
+            continue
+        file = path.with_suffix(".faiss")
+        # A copy of a damaged file would pass for sound ever after.
+        if problem := file_problem(file, report, deep=True):
+            logger.warning("the index is built anew, not added to: %s", problem)
+            continue
+        logger.info("adding to the index of the store's first %d vectors", report.num_vectors)
+        return _read(faiss, file), report.num_trained
     return None
 
 

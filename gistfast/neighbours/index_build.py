@@ -3,8 +3,8 @@
 What takes long is training, and finding the list of each vector. Both are kept beside the index while it is built:
 
     index/<store>.building/
-      trained-<kind>.faiss        the index without vectors; of several builders the first one's stands
-      00012-<lists>.npy           the list of each vector of a shard, for these lists
+      trained-<kind><bytes>.faiss    the index without vectors; of several builders the first one's stands
+      00012-<lists>.npy              the list of each vector of a shard, for these lists
 
 The rest is memory bandwidth: the index is filled anew from shards and lists, and is the same, bit for bit.
 

@@ -4,10 +4,9 @@ import shutil
 from contextlib import suppress
 
 from gistfast.errors import StoreError
-from gistfast.neighbours.index import build_index, hash_of_vectors, import_faiss, index_path, report_at
+from gistfast.neighbours.index import build_index, file_problem, hash_of_vectors, import_faiss, index_path, report_at
 from gistfast.neighbours.index_types import IndexKind
 from gistfast.store import GuideStore
-from gistfast.store.files import file_checksum
 from gistfast.store.shards import ADVICE
 
 
@@ -31,13 +30,7 @@ def index_problem(store: GuideStore, *, deep: bool, vectors_are_sound: bool = Tr
     stale = vectors_are_sound and report.vectors != hash_of_vectors(store, num_shards)
     if stale or report.store_fingerprint != store.fingerprint:
         return f"{report_path} is of other vectors than the store's: {ADVICE}"
-    size = path.stat().st_size if path.is_file() else None
-    if size != report.bytes:
-        found = "is missing" if size is None else f"has {size} bytes, expected {report.bytes}"
-        return f"{path} {found}: {ADVICE}"
-    if deep and file_checksum(path) != report.xxh3_128:
-        return f"{path} was changed after it was written (its checksum differs): {ADVICE}"
-    return None
+    return file_problem(path, report, deep=deep)
 
 
 def rebuild_index(store: GuideStore) -> None:
