@@ -68,6 +68,7 @@ def test_other_settings_make_them_anew_and_the_same_ones_nothing(
     relaxed = precompute(pairs_file, **options, negatives=3, negatives_margin=0.0)
     assert len(list((tmp_path / "store" / "mined").iterdir())) == 2
     monkeypatch.setattr(mining, "_mine_shard", lambda *ignored: pytest.fail("mined again"))
+    monkeypatch.setattr(mining, "finish_mined", lambda *ignored: pytest.fail("written again"))
     again = precompute(pairs_file, **options)
     assert again.mined.negatives.tolist() == relaxed.mined.negatives.tolist()
 

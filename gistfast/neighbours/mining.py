@@ -18,7 +18,7 @@ from gistfast.neighbours.exact import Asks, Found
 from gistfast.neighbours.pair_scores import scores_of
 from gistfast.progress import Bar, progress
 from gistfast.store import GuideStore
-from gistfast.store.mined import Mined, MinedInfo, finish_mined, pending_mined, write_mined
+from gistfast.store.mined import Mined, MinedInfo, finish_mined, mined_info, pending_mined, write_mined
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,9 @@ def mine(store: GuideStore, info: MinedInfo, search: Search, anew: Iterable[int]
             for shard in pending:
                 mined = _mine_shard(corpus, info, search, shard, bar)
                 write_mined(store, info, shard, mined, replace=shard in replaced)
-    finish_mined(store, info)
+    # Of several records the newest counts; where it is this one, nothing is left to write.
+    if pending or mined_info(store.path, store.fingerprint) != info:
+        finish_mined(store, info)
 
 
 def _mine_shard(corpus: "Corpus", info: MinedInfo, search: Search, shard: int, bar: Bar) -> Mined:
