@@ -51,6 +51,21 @@ class TestAppending:
         assert grown.manifest.data.segments[1].repeated == 1
         assert grown.verify() == []
 
+    @pytest.mark.parametrize("kind", ["texts", "rows"])
+    def test_append_to_texts_or_rows_that_lost_a_bit_is_refused_and_changes_nothing(
+        self, tmp_path: Path, source: RowSource, more: RowSource, kind: str
+    ) -> None:
+        store = make_store(tmp_path / "store", source)
+        path = sorted((store.path / kind).glob("*.arrow"))[1]
+        data = bytearray(path.read_bytes())
+        # In the values, which begin behind the headers.
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        before = files_of(store.path)
+        with pytest.raises(StoreError, match=f"{path.name} was changed after it was written .* mend it with"):
+            make_store(tmp_path / "store", more, mode="append")
+        assert files_of(store.path) == before
+
     def test_store_grown_of_two_files_holds_what_one_made_of_both_holds(
         self, tmp_path: Path, source: RowSource, more: RowSource, guide: GuideInfo
     ) -> None:

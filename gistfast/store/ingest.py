@@ -15,7 +15,7 @@ from gistfast.progress import progress
 from gistfast.rows.dataset import Rows
 from gistfast.store.keys import EntryIds, KeyTable, key_words, row_keys, text_keys
 from gistfast.store.manifest import ROWS_PER_SHARD, Manifest
-from gistfast.store.shards import fixed_size_lists, open_shard, read_commit, write_shard
+from gistfast.store.shards import Shard, fixed_size_lists, open_shard, read_commit, refuse_other_bytes, write_shard
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
@@ -53,6 +53,9 @@ class Ingest:
             store: Folder of the store.
             begun: What the store will be; its last segment, still empty, is the one to write.
             earlier: Folder of the store that has the segments before it, when that is another one.
+
+        Raises:
+            StoreError: When texts or rows of earlier segments are missing or damaged.
         """
         data = begun.data
         self.num_rows = 0
@@ -127,17 +130,26 @@ class Ingest:
 
     def _remember(self, store: Path) -> None:
         """Give every text of earlier segments its id again, and know their rows."""
-        begun, plan = self._begun, self._begun.plan
+        plan = self._begun.plan
         num_entries = sum(plan.texts) + sum(plan.rows)
         with progress("reading what the store has", total=num_entries, unit="texts and rows") as bar:
             for shard, size in enumerate(plan.texts):
-                batch = open_shard(store, read_commit(store, "texts", shard, begun)).batch
+                batch = self._sound(store, "texts", shard).batch
                 self._entry_ids.assign(text_keys(batch.column("text").to_pylist()), batch.column("role").to_numpy())
                 bar.advance(size)
             for shard, size in enumerate(plan.rows):
-                ids = open_shard(store, read_commit(store, "rows", shard, begun)).tensor(0, torch.int64)
+                ids = self._sound(store, "rows", shard).tensor(0, torch.int64)
                 self._known_rows.number(np.unique(key_words(row_keys(ids.numpy())), axis=0))
                 bar.advance(size)
+
+    def _sound(self, store: Path, kind: str, shard: int) -> Shard:
+        """A shard of an earlier segment.
+
+        Every byte is looked at: a text that lost a bit would enter a second time, and be there twice once it is mended.
+        """
+        commit = read_commit(store, kind, shard, self._begun)
+        refuse_other_bytes(store, commit)
+        return open_shard(store, commit)
 
     def _held_out(self, positive_keys: list[bytes]) -> Array:
         # The key is as good as a random number that every occurrence of the text shares.

@@ -19,6 +19,7 @@ from gistfast.store.files import (
     ChecksumWriter,
     create_json,
     durable_file,
+    file_checksum,
     new_token,
     one_line_write_errors,
     read_json,
@@ -163,7 +164,8 @@ def read_commit(store: Path, kind: str, index: int, manifest: Manifest) -> Commi
     path = commit_path(store, kind, index)
     record = read_json(path, ADVICE)
     if {field.name for field in fields(Commit)} != record.keys():
-        raise StoreError(f"{path} has the fields {', '.join(sorted(record))}, not those of a commit: {ADVICE}")
+        found = ", ".join(sorted(record)) or "none"
+        raise StoreError(f"{path} has other fields than those of a commit ({found}): {ADVICE}")
     commit = Commit(**record)
     if not _is_file_of(kind, index, commit.file):
         raise StoreError(f"{path} names the file {commit.file!r}, expected one in {kind}/ of its number: {ADVICE}")
@@ -204,6 +206,17 @@ def read_shard(store: Path, kind: str, index: int, manifest: Manifest) -> Shard:
         if again == commit:
             raise
         return open_shard(store, again)
+
+
+def refuse_other_bytes(store: Path, commit: Commit) -> None:
+    """Read all of a shard's file, and refuse it when it is not what was written.
+
+    Raises:
+        StoreError: When it is missing, or has another size or checksum.
+    """
+    path = shard_path(store, commit)
+    if file_checksum(path) != commit.xxh3_128:
+        raise StoreError(f"{path} was changed after it was written (its checksum differs): {ADVICE}")
 
 
 def open_shard(store: Path, commit: Commit) -> Shard:

@@ -12,12 +12,19 @@ from gistfast.neighbours.index_check import index_problem
 from gistfast.neighbours.pair_scores import scores_of
 from gistfast.progress import progress
 from gistfast.store.contents import wrong_contents
-from gistfast.store.files import file_checksum
 from gistfast.store.manifest import MANIFEST_NAME, Manifest
 from gistfast.store.mined import mined_info
 from gistfast.store.plan import missing_vectors, read_unfinished, refuse_no_store
 from gistfast.store.reader import GuideStore
-from gistfast.store.shards import ADVICE, committed_shards, open_shard, read_commit, read_shard, shard_path
+from gistfast.store.shards import (
+    ADVICE,
+    committed_shards,
+    open_shard,
+    read_commit,
+    read_shard,
+    refuse_other_bytes,
+    shard_path,
+)
 
 # Another processor or another order of summation moves a score by less.
 _SAME_SCORE = 1e-4
@@ -198,8 +205,7 @@ def _check_shard(store: Path, kind: str, index: int, manifest: Manifest, deep: b
     commit = read_commit(store, kind, index, manifest)
     path = shard_path(store, commit)
     if deep:
-        if file_checksum(path) != commit.xxh3_128:
-            raise StoreError(f"{path} was changed after it was written (its checksum differs): {ADVICE}")
+        refuse_other_bytes(store, commit)
         if wrong := wrong_contents(kind, index, open_shard(store, commit), manifest):
             raise StoreError(f"{path} {wrong}: {ADVICE}")
     return commit.bytes
