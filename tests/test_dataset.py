@@ -253,6 +253,20 @@ def test_empty_file_is_refused(tmp_path: Path, name: str) -> None:
         read_rows(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("rows.jsonl", '{"anchor": "a", "posi', "row 1: is not valid JSON"),
+        ("rows.jsonl", '{"anchor": "caf\xe9", "positive": "p"}', "row 1: is not valid JSON"),
+        ("rows.json", "[1, 2]", "row 1: is a JSON int, expected an object"),
+    ],
+)
+def test_file_whose_rows_are_all_bad_names_the_first(tmp_path: Path, name: str, content: str, problem: str) -> None:
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    with pytest.raises(DataError, match=f"^{name}, {problem}.*: give one object a line, or one array of objects"):
+        read_rows(tmp_path / name)
+
+
 def test_source_without_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("anchor,positive\n")
     with pytest.raises(DataError, match=r"^rows\.csv has no rows: "):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import xxhash
 
 from gistfast.errors import ConfigError, DataError
-from gistfast.rows.formats import BadRow, RawColumns, RowFile
+from gistfast.rows.formats import BadRow, JsonFile, RawColumns, RowFile
 from gistfast.rows.sources import find_files
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class RowSource:
         self._on_bad_row = on_bad_row
         found = next((names for file in files if (names := file.columns())), [])
         if not found:
-            raise DataError(f"{description} has no rows: check the path")
+            raise DataError(_why_no_rows(files, description))
         self._names = _column_names(found, columns or {}, description)
         self.columns = tuple(self._names)
         self._task = (columns or {}).get("task") or next((name for name in TASK_NAMES if name in found), None)
@@ -183,6 +183,13 @@ def read_rows(
     """
     files, description = find_files(source, subset=subset, split=split, revision=revision)
     return RowSource(files, description=description, columns=columns, on_bad_row=on_bad_row)
+
+
+def _why_no_rows(files: Sequence[RowFile], description: str) -> str:
+    for file in files:
+        if isinstance(file, JsonFile) and (problem := file.first_problem()):
+            return f"{file.name}, row 1: {problem}: give one object a line, or one array of objects"
+    return f"{description} has no rows: check the path"
 
 
 def _column_names(found: list[str], mapping: Mapping[str, str], origin: str) -> dict[str, str]:

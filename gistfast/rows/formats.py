@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 RawColumns = list[list[Any]]
 
 _LONGEST_FIELD_CHARS = 1 << 26
+_RESTORE = "restore it, or rename it where it is of another format"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class ParquetFile(_File):
         try:
             return pq.ParquetFile(self.path)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self.name} is not a readable Parquet file: {first_line(error)}") from error
+            raise DataError(f"{self.name} is not a readable Parquet file ({first_line(error)}): {_RESTORE}") from error
 
 
 class ArrowFile(_File):
@@ -146,7 +147,7 @@ class ArrowFile(_File):
             source.seek(0)
             return pa.ipc.open_stream(source)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self.name} is not a readable Arrow file: {first_line(error)}") from error
+            raise DataError(f"{self.name} is not a readable Arrow file ({first_line(error)}): {_RESTORE}") from error
 
 
 class CsvFile(_File):
@@ -188,6 +189,11 @@ class JsonFile(_File):
         """Names of the columns, in order; empty when there is no row."""
         first = next((item for item in self._items() if isinstance(item, dict)), {})
         return list(first)
+
+    def first_problem(self) -> str | None:
+        """What is wrong with the first row; None where it is sound, or there is none."""
+        first = next(self._items(), None)
+        return first.problem if isinstance(first, BadRow) else None
 
     def batches(self, names: Sequence[str], rows_per_batch: int) -> Iterator[RawColumns]:
         """The values of the columns `names`, None where a row lacks one."""
