@@ -4,13 +4,15 @@ Nothing heavy is imported here, so that `--help` answers at once.
 """
 
 import logging
+import sys
 from collections.abc import Callable
 from importlib import import_module
 
 import typer
 from rich.text import Text
+from typer.exceptions import TyperException
 
-from gistfast.cli.options import command, command_class, errors_in_one_line
+from gistfast.cli.options import command, command_class, errors_in_one_line, say
 from gistfast.cli.store import app as store_app
 from gistfast.launch import rank
 from gistfast.progress import console
@@ -140,7 +142,18 @@ def configure_logging() -> None:
 def main() -> None:
     """Entry point of the `gistfast` command."""
     configure_logging()
-    app(prog_name="gistfast")
+    try:
+        code = app(prog_name="gistfast", standalone_mode=False)
+    except TyperException as error:
+        said, code = error.format_message(), error.exit_code
+        if "\n" in said:
+            # The help, with which a command answers that was called with nothing.
+            typer.echo(said, err=True)
+        else:
+            context = getattr(error, "ctx", None)
+            path = context.command_path if context else "gistfast"
+            say(f"{said.rstrip('.')}: `{path} --help` lists what there is")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

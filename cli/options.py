@@ -2,10 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 from gistfast.errors import ConfigError, GistfastError
 from gistfast.launch import alike, rank
 from gistfast.progress import console
-from gistfast.settings.base import Settings, build, flag_of
+from gistfast.settings.base import Settings, build, choices_of, flag_of
 from gistfast.settings.file import read_settings_file
 
 S = TypeVar("S", bound=Settings)
@@ -28,7 +28,7 @@ def command(settings_class: type[S], run: Callable[[S], None]) -> Callable[..., 
 
     def call(context: typer.Context, config: Path | None, **values: Any) -> None:
         with errors_in_one_line(settings_class.when_stopped):
-            typed = {name: value for name, value in values.items() if _was_typed(context, name)}
+            typed = {name: _read(hints[name], value) for name, value in values.items() if _was_typed(context, name)}
             with alike():
                 from_file = {} if config is None else read_settings_file(config)
                 settings = build(settings_class, from_file | typed)
@@ -85,15 +85,16 @@ def errors_in_one_line(when_stopped: str = Settings.when_stopped) -> Iterator[No
         if error.said_elsewhere:
             # torchrun ends the run, with what the process says that failed.
             raise typer.Exit(0) from None
-        _say(str(error) if rank() == 0 else f"process {rank()}: {error}")
+        say(str(error) if rank() == 0 else f"process {rank()}: {error}")
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
     except KeyboardInterrupt:
         if rank() == 0:
-            _say(when_stopped)
+            say(when_stopped)
         raise typer.Exit(130) from None
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Write one line to the error stream."""
     console.print(f"gistfast: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -102,6 +103,10 @@ def _parameter(item: "Field[Any]", hint: Any) -> inspect.Parameter:
     default, annotation = item.default, hint
     if item.metadata.get("several"):
         annotation = list[str] | None
+    elif _metavar(hint):
+        # Typer's own refusal of a bad value takes three lines and leaves the value out.
+        annotation = str | None
+        default = default if default in (None, MISSING) else str(default)
     elif item.metadata["parse"] is not None:
         annotation = str | None
         default = ",".join(default) if isinstance(default, tuple) and default else None
@@ -123,7 +128,33 @@ def _option(item: "Field[Any]", hint: Any, default: Any) -> Any:
     limits = "".join(f", {words} {limit}" for words, limit in item.metadata["limits"].items())
     help = item.metadata["help"] + (f" [{limits[2:]}]" if limits else "")
     # Nothing, an empty text and a switch that is off need no word; 0 does.
-    shown = default is not MISSING and (bool(default) or type(default) in (int, float))
+    shown = default is not MISSING and bool(default)
     if default is MISSING:
         help += " [required]"
-    return typer.Option(None if default is MISSING else default, names, help=help, show_default=shown)
+    given = None if default is MISSING else default
+    return typer.Option(given, names, metavar=_metavar(hint), help=help, show_default=shown)
+
+
+def _kind(hint: Any) -> type[int] | type[float] | None:
+    """The kind of number that a field holds; None for one that holds something else."""
+    parts = (hint, *get_args(hint))
+    return next((kind for kind in (int, float) if kind in parts), None)
+
+
+def _metavar(hint: Any) -> str | None:
+    """What stands for a value in the help, as `<a|b>` or `<int>`; None for what Typer reads itself."""
+    if get_origin(hint) is tuple:
+        return None
+    kind = _kind(hint)
+    what = "|".join(map(str, choices_of(hint))) or (kind.__name__ if kind else "")
+    return f"<{what}>" if what else None
+
+
+def _read(hint: Any, value: Any) -> Any:
+    """A value as it was typed; what should be a number and is none stays text, and is refused with its name."""
+    kind = _kind(hint)
+    if kind is None or _metavar(hint) is None or not isinstance(value, str):
+        return value
+    with suppress(ValueError):
+        return kind(value)
+    return value

@@ -7,6 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from gistfast.cli import main as cli
 from gistfast.cli.main import app
 from gistfast.cli.options import command, command_class
 from gistfast.errors import ConfigError, StoreError
@@ -95,6 +96,50 @@ def test_switch_that_is_neither_can_be_turned_on_and_off(flag: str, value: bool)
 def test_bad_setting_is_one_line_and_exit_code_2() -> None:
     code, said = invoke(print, "here", "--ratio", "2")
     assert (code, said) == (2, "gistfast: --ratio must be at most 1, found 2.0\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ratio", "half"], "--ratio must be a number, found 'half'"),
+        (["--kind", "c"], "--kind must be one of a, b, found 'c'"),
+    ],
+)
+def test_bad_value_is_one_line_that_says_what_was_found(arguments: list[str], said: str) -> None:
+    assert invoke(print, "here", *arguments) == (2, f"gistfast: {said}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["precompute", "--quantise"], "No such option: --quantise: `gistfast precompute --help` lists what there is"),
+        (["store", "mend"], "No such command 'mend': `gistfast store --help` lists what there is"),
+        (["picture", "run", "more"], "unexpected extra argument(s) (more): `gistfast picture --help`"),
+    ],
+)
+def test_unknown_words_are_one_line(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gistfast", *arguments])
+    monkeypatch.setattr(cli, "configure_logging", lambda: None)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("gistfast: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_command_without_a_word_answers_with_its_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gistfast", "store"])
+    monkeypatch.setattr(cli, "configure_logging", lambda: None)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert "Usage: gistfast store" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("error", "code"), [(StoreError("no store"), 1), (ConfigError("no"), 2)])
