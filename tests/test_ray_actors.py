@@ -5,9 +5,11 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -16,7 +18,9 @@ import torch
 
 from gistfast.engines import ray_actors
 from gistfast.engines.ray_actors import RayCluster
+from gistfast.engines.shards import WHOLE
 from gistfast.errors import ConfigError, DependencyError, ModelError, WorkerError
+from gistfast.progress import Bar
 from gistfast.settings.stages import PrecomputeSettings, build, to_dict
 from gistfast.stages.precompute import precompute
 
@@ -74,7 +78,8 @@ def test_actors_make_the_same_store_although_one_is_killed(
     with caplog.at_level(logging.INFO, "gistfast"):
         store = precompute(source, out=tmp_path / "ray", engine="ray", processes=NUM_ACTORS, **options)
     killer.join()
-    assert "Ray: 2 actors on 1 machines with 0 GPUs and 2 CPUs" in caplog.messages
+    assert "Ray: 2 slots on 1 machines with 0 GPUs and 2 CPUs" in caplog.messages
+    assert f"Ray: 2 actors for {NUM_SHARDS} shards" in caplog.messages
     assert any(message.endswith("died: others take its shard") for message in caplog.messages)
     assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
     local = precompute(source, out=tmp_path / "local", **options)
@@ -96,6 +101,73 @@ def test_more_actors_than_slots_are_refused(source: Path, tiny_student: Path) ->
     settings = to_dict(build(PrecomputeSettings, {"source": source, "guide": tiny_student, "out": "store"}))
     with pytest.raises(ConfigError, match="--processes 3: the Ray cluster has 2 CPU slots: give at most that"):
         RayCluster(settings, address=None, processes=3)
+
+
+@dataclass(eq=False)
+class FakeActor:
+    """An actor, and the answer to all that it is asked."""
+
+    end: str
+
+    def __getattr__(self, call: str) -> Any:
+        answer = self if call == "embed" else FakeActor("alive")
+        return SimpleNamespace(remote=lambda *ignored: answer)
+
+
+class FakeRay:
+    """A cluster whose actors end as they are told to."""
+
+    exceptions = SimpleNamespace(
+        **{name: type(name, (Exception,), {}) for name in (*ray_actors._DEATHS, "RayTaskError")}
+    )
+
+    def __init__(self, ends: Sequence[str]) -> None:
+        self._actors = [FakeActor(end) for end in ends]
+        self.killed: list[FakeActor] = []
+
+    def remote(self, made: Any) -> Any:
+        return SimpleNamespace(options=lambda **ignored: SimpleNamespace(remote=lambda *given: self._actors.pop(0)))
+
+    def wait(self, refs: list[FakeActor], **ignored: Any) -> tuple[list[FakeActor], list[FakeActor]]:
+        return refs[:1], refs[1:]
+
+    def get(self, ref: FakeActor) -> tuple[int, int]:
+        if ref.end in ray_actors._DEATHS:
+            raise getattr(self.exceptions, ref.end)("gone")
+        return 0, 0
+
+    def kill(self, actor: FakeActor) -> None:
+        self.killed.append(actor)
+
+
+def cluster_of(fake: FakeRay, num_actors: int) -> RayCluster:
+    cluster = RayCluster.__new__(RayCluster)
+    cluster.__dict__.update(_settings={}, _ray=fake, _resources={}, _num_actors=num_actors)
+    return cluster
+
+
+def shards_left(number: int) -> Any:
+    return SimpleNamespace(pending=lambda: list(range(number)), store=Path("store"))
+
+
+@pytest.mark.parametrize("death", ray_actors._DEATHS)
+def test_others_go_on_however_an_actor_dies(death: str, caplog: pytest.LogCaptureFixture) -> None:
+    fake = FakeRay([death, "done"])
+    cluster_of(fake, 2).embed(shards_left(9), WHOLE, Bar("embedding", 9, "texts"))
+    assert caplog.messages == ["Ray actor 0 died: others take its shard"]
+    with pytest.raises(WorkerError, match=r"all 1 Ray actors died with 9 shards left: .*"):
+        cluster_of(FakeRay([death]), 1).embed(shards_left(9), WHOLE, Bar("embedding", 9, "texts"))
+
+
+def test_there_are_no_more_actors_than_shards() -> None:
+    fake = FakeRay(["done"] * 5)
+    cluster_of(fake, 5).embed(shards_left(2), WHOLE, Bar("embedding", 2, "texts"))
+    assert len(fake.killed) == 2
+
+
+def test_worker_that_dies_with_the_guide_is_one_line() -> None:
+    with pytest.raises(WorkerError, match=r"the Ray worker that loaded the guide died \(gone\): give it more memory"):
+        cluster_of(FakeRay(["OutOfMemoryError"]), 1).guide_info()
 
 
 def test_missing_ray_is_named_with_its_install_line(

@@ -30,6 +30,8 @@ SECONDS_TO_ANSWER = 10.0
 # for which Ray has no other switch. A cluster that is joined knows its own addresses.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 _ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# How a call ends whose process or machine is gone: killed, by Ray's own watch over memory, too.
+_DEATHS = ("RayActorError", "WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")
 # Nothing passes through Ray's object store but a few numbers; this is about the least that Ray admits.
 _OBJECT_STORE_BYTES = 100 << 20
 
@@ -94,9 +96,16 @@ class RayCluster:
 
         Raises:
             GistfastError: What the worker raised.
+            WorkerError: When the worker died.
         """
         describe = self._ray.remote(describe_guide).options(**self._resources, max_retries=0)
-        info: GuideInfo = self._result(describe.remote(self._settings))
+        try:
+            info: GuideInfo = self._result(describe.remote(self._settings))
+        except _deaths(self._ray) as error:
+            raise WorkerError(
+                f"the Ray worker that loaded the guide died ({first_line(error)}): "
+                "give it more memory, with fewer --processes where they share a machine"
+            ) from error
         return info
 
     def embed(self, vectors: VectorShards, part: Part, bar: Bar) -> None:
@@ -107,7 +116,9 @@ class RayCluster:
             WorkerError: When all actors died before.
         """
         make = self._ray.remote(EmbedActor).options(**self._resources, max_concurrency=2)
-        actors = [make.remote() for _ in range(self._num_actors)]
+        pending = part.of_shards(vectors.pending())
+        actors = [make.remote() for _ in range(min(self._num_actors, len(pending)))]
+        logger.info("Ray: %d actors for %d shards", len(actors), len(pending))
         runs = {actor.embed.remote(self._settings, str(vectors.store), part): actor for actor in actors}
         counts = _Counts(self._ray, actors, bar)
         try:
@@ -120,7 +131,7 @@ class RayCluster:
                         self._result(run)
                         # It found nothing left: all shards are committed, whoever did them.
                         return
-                    except self._ray.exceptions.RayActorError:
+                    except _deaths(self._ray):
                         counts.forget(actor)
                         others = "others take its shard" if runs else "none is left"
                         logger.warning("Ray actor %d died: %s", actors.index(actor), others)
@@ -152,7 +163,7 @@ class RayCluster:
             kind = "GPUs" if gpus else "CPU slots"
             raise ConfigError(f"--processes {processes}: the Ray cluster has {slots} {kind}: give at most that")
         count = processes or slots
-        logger.info("Ray: %d actors on %d machines with %d GPUs and %d CPUs", count, len(nodes), gpus, sum(cpus))
+        logger.info("Ray: %d slots on %d machines with %d GPUs and %d CPUs", count, len(nodes), gpus, sum(cpus))
         if gpus:
             return {"num_gpus": 1}, count
         # An actor computes with as many threads as it takes CPUs, and fits on one machine.
@@ -173,7 +184,7 @@ class _Counts:
         answered, _ = self._ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=0)
         for actor, ref in list(self._asked.items()):
             if ref in answered:
-                with suppress(self._ray.exceptions.RayActorError):
+                with suppress(*_deaths(self._ray)):
                     counts = self._ray.get(ref)
                     self._bar.advance(counts[0] - self._counts[actor][0])
                     self._counts[actor] = counts
@@ -184,6 +195,10 @@ class _Counts:
         embedded, committed = self._counts[actor]
         self._bar.advance(committed - embedded)
         del self._asked[actor]
+
+
+def _deaths(ray: Any) -> tuple[type[Exception], ...]:
+    return tuple(getattr(ray.exceptions, name) for name in _DEATHS)
 
 
 def _connected(address: str | None, processes: int | None) -> tuple[Any, bool]:
