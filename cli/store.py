@@ -108,8 +108,12 @@ def _lines(store: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _progress(store: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What is under way, by line."""
+    if folder := store["replacement"]:
+        yield "to come", f"a store in its place, in {folder}: --overwrite goes on with it"
     if store["finished"] and store["to_come"] is None:
         return
+    if not store["finished"]:
+        yield "unfinished", "the command that began it goes on with --resume"
     if coming := store["to_come"]:
         guides = "".join(f", guide {name}" for name in coming["guides"])
         yield "to come", f"{coming['rows']:,} rows, {coming['texts']:,} texts{guides}"

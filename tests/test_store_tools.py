@@ -316,6 +316,13 @@ class TestDescribing:
         assert (told["mined"]["negatives"], told["mined"]["margin"]) == (2, 0.05)
         assert told["shards"]["texts"] == {"done": 7, "planned": 7}
 
+    def test_file_that_goes_while_sizes_are_taken_counts_nothing(
+        self, store: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before, walk = describe_store(store)["bytes"], os.walk
+        monkeypatch.setattr(os, "walk", lambda top: ((*found, [*names, ".x.tmp"]) for *found, names in walk(top)))
+        assert describe_store(store)["bytes"] == before
+
     def test_what_is_under_way_is_told_beside_what_is_there(self, store: Path, more: RowSource) -> None:
         with StoreWriter.create(store, guide=GUIDE, source=more, mode="append") as writer:
             fill(writer, more)
@@ -377,6 +384,21 @@ class TestCommands:
             fill(writer, source)
             embed(writer, [3])
         assert f"vectors/{GUIDE.key}: 1 of 5 shards" in self.run("info", tmp_path / "store")[1]
+
+    def test_info_of_a_store_that_lacks_nothing_but_its_name_says_that_it_is_unfinished(
+        self, tmp_path: Path, source: RowSource
+    ) -> None:
+        with StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source) as writer:
+            fill(writer, source)
+            embed(writer)
+            score_pairs(writer.store())
+        assert "the command that began it goes on with --resume" in self.run("info", tmp_path / "store")[1]
+
+    def test_info_tells_of_a_store_that_will_take_its_place(self, store: Path, source: RowSource) -> None:
+        with StoreWriter.create(store, guide=GUIDE, source=source, mode="overwrite") as writer:
+            fill(writer, source)
+        assert describe_store(store)["replacement"] == str(store.with_name(".store.new"))
+        assert "--overwrite goes on with it" in self.run("info", store)[1]
 
     def test_gc_says_what_it_freed(self, store: Path) -> None:
         assert self.run("gc", store) == (0, "freed 0 bytes: nothing to remove\n")

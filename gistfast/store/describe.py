@@ -1,5 +1,7 @@
 """What is in a store, in figures."""
 
+import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,9 @@ from gistfast.neighbours.index import read_report
 from gistfast.store.info import GuideInfo
 from gistfast.store.manifest import MANIFEST_NAME, Manifest
 from gistfast.store.mined import mined_info
-from gistfast.store.plan import read_finished, read_unfinished
+from gistfast.store.plan import is_store, read_finished, read_unfinished
 from gistfast.store.reader import GuideStore
+from gistfast.store.replace import replacement_of
 from gistfast.store.shards import committed_shards
 
 
@@ -20,8 +23,9 @@ def describe_store(path: str | Path) -> dict[str, Any]:
         "path", "format_version", "fingerprint", "finished"; "guides" (the fields of `GuideInfo`, with "key" and
         "weight") and "guide_score"; "data" (counts, "columns", "holdout", "tasks", "segments"); "bytes" by folder;
         "index" and "mined" (what is recorded of them) or None; "shards": done and planned by kind; "to_come": rows,
-        texts and guides that an append or an added guide under way will bring, or None. Of a store that was never
-        finished everything is said as it will be.
+        texts and guides that an append or an added guide under way will bring, or None; "replacement": folder of the
+        store that will replace this one when it is complete, or None. Of a store that was never finished everything is
+        said as it will be.
 
     Raises:
         StoreError: When there is no store, or it is damaged.
@@ -45,17 +49,20 @@ def describe_store(path: str | Path) -> dict[str, Any]:
         "mined": None if mined is None else asdict(mined),
         "shards": {kind: _progress(folder, kind, plan) for kind in plan.kinds},
         "to_come": _to_come(manifest, plan) if plan != manifest else None,
+        "replacement": str(replacement_of(folder)) if is_store(replacement_of(folder)) else None,
     }
 
 
 def bytes_by_folder(store: Path) -> dict[str, int]:
     """Bytes on disk in each folder of a store that holds files, such as "vectors/3f9a01c2"; its own are "."."""
     sizes: dict[str, int] = {}
-    for path in sorted(store.rglob("*")):
-        if path.is_file():
-            folder = path.parent.relative_to(store).as_posix()
-            sizes[folder] = sizes.get(folder, 0) + path.stat().st_size
-    return sizes
+    for parent, _, names in os.walk(store):
+        folder = Path(parent).relative_to(store).as_posix()
+        for name in names:
+            # A process that writes may have renamed or removed it since.
+            with suppress(FileNotFoundError):
+                sizes[folder] = sizes.get(folder, 0) + os.stat(os.path.join(parent, name)).st_size
+    return dict(sorted(sizes.items()))
 
 
 def _guide(guide: GuideInfo, weight: float) -> dict[str, Any]:
