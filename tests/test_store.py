@@ -245,14 +245,14 @@ class TestWriting:
             StoreWriter.create(tmp_path / "thesis", guide=GUIDE, source=source, mode=mode)
         assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
+    def test_store_under_a_file_is_refused_before_rows_are_read(self, tmp_path: Path, source: RowSource) -> None:
+        (tmp_path / "notes").write_text("years of work")
+        with pytest.raises(StoreError, match=f"{tmp_path}/notes is a file, expected a folder to write .* in: choose"):
+            StoreWriter.create(tmp_path / "notes" / "deep" / "store", guide=GUIDE, source=source)
+
     def test_empty_folder_becomes_the_store(self, tmp_path: Path, source: RowSource) -> None:
         (tmp_path / "store").mkdir()
         assert make_store(tmp_path / "store", source).verify() == []
-
-    def test_folder_that_cannot_be_written_is_one_clear_line(self, tmp_path: Path, source: RowSource) -> None:
-        (tmp_path / "file").write_text("")
-        with pytest.raises(StoreError, match=r"cannot write .*file/store: "):
-            StoreWriter.create(tmp_path / "file" / "store", guide=GUIDE, source=source)
 
     def test_resume_without_a_store_starts_one(self, tmp_path: Path, source: RowSource) -> None:
         assert make_store(tmp_path / "a" / "store", source, mode="resume").num_rows == 60

@@ -170,6 +170,17 @@ class TestVerifying:
             with pytest.raises(StoreError, match=r"has no store\.json: make a guide store"):
                 tool(tmp_path)
 
+    def test_store_that_lost_its_store_json_is_told_from_a_folder_of_something_else(
+        self, store: Path, source: RowSource
+    ) -> None:
+        (store / "store.json").unlink()
+        tools: list[Callable[[Path], object]] = [lambda path: check_store(path, deep=False), repair, collect_garbage]
+        tools += [describe_store, GuideStore.open]
+        tools += [lambda path: StoreWriter.create(path, guide=GUIDE, source=source, mode="resume")]
+        for tool in tools:
+            with pytest.raises(StoreError, match=r"has the shards of a store and lost its store\.json: restore that"):
+                tool(store)
+
 
 class TestVerifyingWhatWasWritten:
     """Shards whose commits are right and whose values are not: another program wrote them."""

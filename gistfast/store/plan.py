@@ -37,7 +37,7 @@ def read_finished(folder: Path) -> Manifest:
     if finished.is_file():
         return Manifest.read(finished)
     if plan is None:
-        raise StoreError(f"{folder} has no {MANIFEST_NAME}: {MAKE_ONE}")
+        raise StoreError(no_store(folder))
     total = len(plan.vectors) * len(plan.plan.texts)
     missing = sum(missing_vectors(folder, plan).values())
     raise StoreError(
@@ -53,7 +53,20 @@ def refuse_no_store(folder: Path) -> None:
         StoreError: When there is none.
     """
     if not is_store(folder):
-        raise StoreError(f"{folder} has no {MANIFEST_NAME}: {MAKE_ONE}")
+        raise StoreError(no_store(folder))
+
+
+def has_lost_its_name(folder: Path) -> bool:
+    """Whether the shards of a store are in `folder`, and nothing says what they are."""
+    return not is_store(folder) and any((folder / COMMITS).glob("texts-*.json"))
+
+
+def no_store(folder: Path) -> str:
+    """What to tell of a folder without a store."""
+    if has_lost_its_name(folder):
+        lost = f"{folder} has the shards of a store and lost its {MANIFEST_NAME}"
+        return f"{lost}: restore that file, or remove the folder and make it anew"
+    return f"{folder} has no {MANIFEST_NAME}: {MAKE_ONE}"
 
 
 def read_unfinished(folder: Path) -> Manifest | None:

@@ -8,7 +8,7 @@ from gistfast.errors import StoreError
 from gistfast.rows.dataset import RowSource
 from gistfast.store.info import DataInfo, GuideInfo, GuideScore, Segment
 from gistfast.store.manifest import Manifest
-from gistfast.store.plan import is_store, read_plan
+from gistfast.store.plan import has_lost_its_name, is_store, no_store, read_plan
 
 Mode = Literal["new", "resume", "overwrite", "append", "add_guide"]
 
@@ -110,6 +110,10 @@ def refuse_unless_free(path: Path, mode: Mode) -> None:
                 f"{path} exists: go on with --resume, add rows with --append, make it anew with --overwrite, "
                 "or choose another --out"
             )
+    elif has_lost_its_name(path):
+        raise StoreError(no_store(path))
+    elif above := next((folder for folder in path.parents if folder.is_file()), None):
+        raise StoreError(f"{above} is a file, expected a folder to write {path} in: choose another --out")
     elif path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise StoreError(f"{path} exists and is not a guide store: choose another --out")
     elif mode == "add_guide":
