@@ -89,6 +89,8 @@ def test_index_memory_bounds_the_index(
     options = {"guide": tiny_student, "out": tmp_path / "store"}
     with pytest.raises(ConfigError, match="--index pq learns its codes from 10,000 vectors at least"):
         precompute(pairs_file, **options, index_memory=1e-6)
+    # Said before hours of embedding, not after them.
+    assert not (tmp_path / "store" / "vectors").exists()
     with caplog.at_level(logging.INFO):
         precompute(pairs_file, **options, resume=True, index_memory=0.001)
     assert "index of 18 vectors: ivf" in caplog.text

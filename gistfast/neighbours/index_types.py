@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gistfast.errors import ConfigError
+from gistfast.store.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -85,21 +86,40 @@ def plan_index(num_vectors: int, width: int, *, half: bool, kind: IndexKind, mem
     Raises:
         ConfigError: When the vectors are too few for the kind, or no index fits into the memory.
     """
+    plan, reason = _chosen(num_vectors, width, half, kind, memory_gib)
+    if kind == "auto":
+        logger.info("index of %s vectors: %s, %s", f"{num_vectors:,}", plan.kind, reason)
+    return plan
+
+
+def refuse_impossible_index(manifest: Manifest, kind: IndexKind, memory_gib: float | None) -> None:
+    """Refuse an index that a store could not have once its vectors are there; "none" is always possible.
+
+    Raises:
+        ConfigError: As `plan_index`.
+    """
+    if kind != "none":
+        guides = manifest.guides
+        half = all(guide.dtype == "float16" for guide in guides)
+        _chosen(manifest.data.num_texts, sum(guide.width for guide in guides), half, kind, memory_gib)
+
+
+def _chosen(
+    num_vectors: int, width: int, half: bool, kind: IndexKind, memory_gib: float | None
+) -> tuple[IndexPlan, str]:
+    """The index and why."""
     allowed = available_bytes() * SHARE_OF_MEMORY if memory_gib is None else memory_gib * 2**30
     lists = max(min(4 * math.isqrt(num_vectors), num_vectors // VECTORS_PER_LIST), 1)
     whole = width * (2 if half else 4)
     if kind == "flat" or (kind == "auto" and num_vectors <= FLAT_AT_MOST):
-        plan = IndexPlan(kind="flat", num_lists=1, code_bytes=whole, half=half)
-        reason = f"up to {FLAT_AT_MOST:,} are compared one by one"
-    else:
-        plan = IndexPlan(kind="ivf", num_lists=lists, code_bytes=whole, half=half)
-        reason = f"{plan.num_bytes(num_vectors) / 2**30:.2g} GiB of memory"
-        if kind == "pq" or (kind == "auto" and plan.num_bytes(num_vectors) > allowed):
-            reason = f"{plan.kind} would need {reason}, {allowed / 2**30:.2g} GiB may be used"
-            plan = _smaller(num_vectors, width, lists, allowed, half=half)
-    if kind == "auto":
-        logger.info("index of %s vectors: %s, %s", f"{num_vectors:,}", plan.kind, reason)
-    return plan
+        flat = IndexPlan(kind="flat", num_lists=1, code_bytes=whole, half=half)
+        return flat, f"up to {FLAT_AT_MOST:,} are compared one by one"
+    plan = IndexPlan(kind="ivf", num_lists=lists, code_bytes=whole, half=half)
+    reason = f"{plan.num_bytes(num_vectors) / 2**30:.2g} GiB of memory"
+    if kind == "pq" or (kind == "auto" and plan.num_bytes(num_vectors) > allowed):
+        reason = f"{plan.kind} would need {reason}, {allowed / 2**30:.2g} GiB may be used"
+        plan = _smaller(num_vectors, width, lists, allowed, half=half)
+    return plan, reason
 
 
 def _smaller(num_vectors: int, width: int, lists: int, allowed: float, *, half: bool) -> IndexPlan:

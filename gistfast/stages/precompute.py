@@ -18,6 +18,7 @@ from gistfast.guides.same_guide import check_same_guide
 from gistfast.models.pretrained import pick_device
 from gistfast.neighbours.index import build_index, import_faiss, remove_other_indexes
 from gistfast.neighbours.index_search import choose_search
+from gistfast.neighbours.index_types import refuse_impossible_index
 from gistfast.neighbours.mining import mine
 from gistfast.neighbours.pair_scores import score_pairs
 from gistfast.progress import progress
@@ -93,6 +94,9 @@ def precompute_part(source: str | Path, *, guide: str | Path, out: str | Path, *
         if settings.rows_only:
             logger.info("%s has its rows: the same command with --resume in place of --rows-only embeds them", out)
             return None
+        if settings.shards is None and writer.vectors.pending():
+            # As with faiss: now. Of several runs nobody knows which one builds the index, and with what memory.
+            refuse_impossible_index(writer.manifest, settings.index, settings.index_memory)
         embed_texts(writer.vectors, engine, Part(*settings.shards or WHOLE))
         if left := len(writer.vectors.pending()):
             logger.info("%s: %d shards of vectors are left to other runs; the last completes the store", out, left)
