@@ -303,6 +303,16 @@ class TestWriting:
         with pytest.raises(StoreError, match=r"data\.fingerprint: store has "):
             StoreWriter.create(tmp_path / "store", guide=GUIDE, source=other, mode="resume")
 
+    @pytest.mark.parametrize("mode", ["resume", "append", "add_guide"])
+    def test_store_with_one_entry_a_text_is_refused_where_one_a_role_is_asked_for(
+        self, tmp_path: Path, source: RowSource, mode: Any
+    ) -> None:
+        make_store(tmp_path / "store", source)
+        with pytest.raises(StoreError, match=r"has one vector for a text .*: leave --split-roles out, or make"):
+            StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source, mode=mode, split_roles=True)
+        anew = make_store(tmp_path / "store", source, mode="overwrite", split_roles=True)
+        assert not anew.manifest.data.one_role
+
     def test_interrupted_reading_leaves_nothing(self, tmp_path: Path, source: RowSource) -> None:
         with StoreWriter.create(tmp_path / "store", guide=GUIDE, source=source) as writer:
             writer.add_rows(next(iter(source.batches())))

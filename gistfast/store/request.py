@@ -21,23 +21,25 @@ class Request:
         guide: The guide whose vectors will be written.
         source: The rows.
         holdout: Share of the distinct positives to hold out, 0 to 1; None for what the store has.
+        split_roles: Whether a text is to have one entry for each role, whatever the guide reads.
     """
 
     guide: GuideInfo
     source: RowSource
     holdout: float | None
+    split_roles: bool = False
 
     @property
     def segment(self) -> Segment:
         """The segment of the rows before the first one is read."""
         return Segment(description=self.source.description, fingerprint=self.source.fingerprint)
 
-    def new_store(self, *, split_roles: bool) -> Manifest:
+    def new_store(self) -> Manifest:
         """The plan of a new store before the first row is read."""
         data = DataInfo(
             columns=self.source.columns,
             holdout=self.holdout or 0.0,
-            one_role=self.guide.has_one_prompt and not split_roles,
+            one_role=self.guide.has_one_prompt and not self.split_roles,
             tasks=(),
             segments=(self.segment,),
         )
@@ -51,6 +53,7 @@ class Request:
             return False
         holdout = self.holdout or 0.0
         same = plan.difference(self.guide, self.source.columns, holdout) is None
+        same = same and not (self.split_roles and plan.data.one_role)
         return same and [segment.fingerprint for segment in plan.data.segments] == [self.source.fingerprint]
 
     def with_guide(self, path: Path, plan: Manifest, weight: float, guide_score: GuideScore) -> Manifest:
@@ -72,7 +75,7 @@ class Request:
         return self.source.fingerprint in [segment.fingerprint for segment in plan.data.segments]
 
     def refuse_difference(self, path: Path, plan: Manifest) -> None:
-        """Refuse a store with another guide, other columns or another share held out.
+        """Refuse a store with another guide, other columns, another share held out, or one entry for both roles.
 
         Raises:
             StoreError: Naming the first field that differs.
@@ -82,6 +85,11 @@ class Request:
             raise StoreError(
                 f"{path} was made from something else: {difference}: "
                 "give the same settings, or --overwrite, or another --out"
+            )
+        if self.split_roles and plan.data.one_role:
+            raise StoreError(
+                f"{path} has one vector for a text in whichever column it stands, asked for one a role: leave "
+                "--split-roles out, or make the store anew with --overwrite"
             )
 
     def refuse_other_rows(self, path: Path, plan: Manifest) -> None:

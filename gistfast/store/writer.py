@@ -87,7 +87,7 @@ class StoreWriter:
         final = Path(path).resolve()
         refuse_unless_free(final, mode)
         remove_leftovers(final)
-        request, replacement = Request(guide, source, holdout), replacement_of(final)
+        request, replacement = Request(guide, source, holdout, split_roles), replacement_of(final)
         recall_fingerprint(replacement if replacement.exists() else final, source)
         interrupted = mode in ("overwrite", "resume") and request.made(replacement)
         target = replacement if interrupted or (mode == "overwrite" and is_store(final)) else final
@@ -101,7 +101,7 @@ class StoreWriter:
                 logger.info("going on with %s", target)
                 writer._adopt(read_plan(target))
             else:
-                writer._begin(request.new_store(split_roles=split_roles))
+                writer._begin(request.new_store())
         except BaseException:
             writer.close()
             raise
