@@ -47,6 +47,5 @@ def scores_of(store: GuideStore, left: Array, right: Array, scorer: Scorer | Non
     for start in range(0, len(left), PAIRS_PER_BLOCK):
         block = slice(start, start + PAIRS_PER_BLOCK)
         x, y = (scorer.unit(store.gather(torch.from_numpy(ids[block]))) for ids in (left, right))
-        each = torch.arange(len(x))
-        scores[block] = scorer.pairs(x, y, each, each).numpy()
+        scores[block] = scorer.rows(x, y).numpy()
     return scores

@@ -57,10 +57,25 @@ class Scorer:
         """
         return self._joined([one @ other.T for one, other in zip(self._parts(x), self._parts(y), strict=True)])
 
-    def pairs(self, x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
-        """The scores (P,) of the vectors x[of_x] with y[of_y], fp32.
+    def rows(self, x: Tensor, y: Tensor) -> Tensor:
+        """The scores (P,) of each of x with the one of y in its place, fp32.
 
         Sums are taken in double precision, so that the same vectors give the same score in whatever company.
+
+        Args:
+            x: (P, G) from `unit`.
+            y: As `x`.
+        """
+        step = self._pairs_at_once(x)
+        scores = torch.empty(len(x), device=x.device)
+        for first in range(0, len(x), step):
+            rows = slice(first, first + step)
+            cosines = [part.sum(dim=1, dtype=torch.float64) for part in self._parts(x[rows] * y[rows])]
+            scores[rows] = self._joined(cosines).float()
+        return scores
+
+    def pairs(self, x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
+        """The scores (P,) of the vectors x[of_x] with y[of_y], fp32, as `rows` has them.
 
         Args:
             x: (Q, G) from `unit`.
@@ -68,14 +83,15 @@ class Scorer:
             of_x: (P,) integers.
             of_y: (P,) integers.
         """
-        step = max(NUMBERS_AT_ONCE // x.shape[1], 1) if x.device.type == "cpu" else 2**18
+        step = self._pairs_at_once(x)
         scores = torch.empty(len(of_x), device=x.device)
         for first in range(0, len(of_x), step):
             pairs = slice(first, first + step)
-            products = x[of_x[pairs]] * y[of_y[pairs]]
-            cosines = [part.sum(dim=1, dtype=torch.float64) for part in self._parts(products)]
-            scores[pairs] = self._joined(cosines).float()
+            scores[pairs] = self.rows(x[of_x[pairs]], y[of_y[pairs]])
         return scores
+
+    def _pairs_at_once(self, vectors: Tensor) -> int:
+        return max(NUMBERS_AT_ONCE // vectors.shape[1], 1) if vectors.device.type == "cpu" else 2**18
 
     def _parts(self, vectors: Tensor) -> tuple[Tensor, ...]:
         return (vectors,) if self.how == "mean" else torch.split(vectors, list(self.widths), dim=1)
