@@ -132,6 +132,14 @@ def test_part_that_is_not_there_is_refused(part: str, guide_folder: Path) -> Non
         load_student(str(guide_folder), freeze=["0", part], device="cpu")
 
 
+def test_freezing_all_that_moves_the_vectors_is_refused(tiny_student: Path) -> None:
+    # Its pooler is left, whose output no pooling of tokens asks for.
+    with pytest.raises(ConfigError, match="--freeze embeddings,0 leaves nothing to train: freeze less"):
+        load_student(str(tiny_student), freeze=["embeddings", "0"], device="cpu")
+    student = load_student(str(tiny_student), freeze=["embeddings", "0"], width=8, device="cpu")
+    assert [name for name, weight in student[-1].named_parameters() if weight.requires_grad] == ["linear.weight"]
+
+
 def test_layers_are_counted_after_the_cut(guide_folder: Path) -> None:
     with pytest.raises(ConfigError, match="0 to 1; found 2"):
         load_student(str(guide_folder), keep_layers=[0, 5], freeze=["2"], device="cpu")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
 from torch import nn
 
 from gistfast.errors import ConfigError, ModelError
@@ -52,7 +53,8 @@ def load_student(
 
     Raises:
         ModelError: When the name leads to no model, or its layers cannot be cut.
-        ConfigError: When layers are named that are not there, `width` is its own, or `device` is not there.
+        ConfigError: When layers are named that are not there, `freeze` leaves nothing to train, `width` is its own, or
+            `device` is not there.
         DependencyError: When `lora` is given and peft is not installed.
     """
     folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -82,9 +84,17 @@ def load_student(
             add_head(model, width)
         if lora is not None:
             add_lora(model, lora)
-    if not any(weight.requires_grad for weight in model.parameters()):
+        frozen = bool(freeze) and not _learns(model)
+    if frozen:
         raise ConfigError(f"--freeze {','.join(freeze)} leaves nothing to train: freeze less")
     return model
+
+
+def _learns(model: SentenceTransformer) -> bool:
+    """Whether any of the weights that are trained moves the vectors: the pooler of BERT, for one, does not."""
+    with torch.enable_grad():
+        features = batch_to_device(model.preprocess(["a text"]), model.device)
+        return bool(model(features)["sentence_embedding"].requires_grad)
 
 
 def check_learning_rates(rates: Mapping[str, float], model: SentenceTransformer, more: Sequence[str] = ()) -> None:
