@@ -18,7 +18,7 @@ from typing import Any
 
 TEXT_TOKENS = 64
 STEPS = 50
-STUDENT_PACKAGES = ("datasets", "sentence_transformers", "tokenizers")
+STUDENT_PACKAGES = ("accelerate", "datasets", "rich", "sentence_transformers", "tokenizers")
 RUNS: dict[str, dict[str, Any]] = {
     "padded": {"attention": "padded"},
     "unpadded": {"attention": "unpadded"},
@@ -32,11 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder of the results")
     parser.add_argument("--only", choices=("tests", "bench", "train"), help="run one part alone")
     options = parser.parse_args(argv)
+    if (lacking := _lacking()) is not None:
+        print(f"gpu-check: {lacking}", file=sys.stderr)
+        return 1
     import torch
 
-    if not torch.cuda.is_available():
-        print("gpu-check: no CUDA device here", file=sys.stderr)
-        return 1
     options.out.mkdir(parents=True, exist_ok=True)
     parts: dict[str, tuple[tuple[str, ...], Callable[[Path], bool]]] = {
         "tests": (("pytest",), run_tests),
@@ -56,6 +56,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gpu-check: {name}: {outcome} in {time.perf_counter() - begin:.0f} s", flush=True)
     (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return 1 if "FAILED" in json.dumps(summary) else 0
+
+
+def _lacking() -> str | None:
+    """What keeps every part from running here, and what to do; None for nothing."""
+    if _missing(["torch"]):
+        return f"{sys.executable} has no torch: name a Python that has it, make gpu-check PYTHON=/path/to/python"
+    import torch
+
+    if not torch.cuda.is_available():
+        found = f"torch {torch.__version__} finds no CUDA device"
+        return f"{found}: run it on a machine with one, by a torch that is built for CUDA"
+    return None
 
 
 def run_tests(out: Path) -> bool:
