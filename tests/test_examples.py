@@ -1,6 +1,7 @@
 """The scripts of docs/examples, with less data and fewer steps."""
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,28 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Pa
 # The script leaves the trainer's default, which says on a machine without a GPU that it has none.
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 @pytest.mark.parametrize("cached", [False, True])
-def test_example_trains_evaluates_and_saves_a_student(run: Callable[..., tuple[Any, Path]], cached: bool) -> None:
+def test_example_trains_evaluates_saves_and_resumes_a_student(
+    run: Callable[..., tuple[Any, Path]], cached: bool
+) -> None:
     trainer, folder = run(cached=cached)
-    assert type(trainer.loss).__name__ == ("CachedGISTLoss" if cached else "GISTLoss")
-    losses, held_out = (
-        [float(record[name]) for record in trainer.state.log_history if name in record]
-        for name in ("loss", "eval_loss")
-    )
+    assert type(trainer.loss.loss).__name__ == ("CachedGISTLoss" if cached else "GISTLoss")
+    assert {name: rows.column_names for name, rows in trainer.train_dataset.items()} == {
+        "pairs": ["anchor", "positive", "label"],
+        "mined": ["anchor", "positive", "negative_1", "negative_2", "label"],
+    }
+    losses, held_out = logged(trainer, "loss"), logged(trainer, "eval_loss")
     assert len(losses) == len(held_out) == 2
     assert all(loss > 0 for loss in losses + held_out)
     vectors = SentenceTransformer(str(folder), device="cpu").encode(["car", "automobile"], convert_to_tensor=True)
     assert vectors.shape == (2, 384)
     assert torch.cosine_similarity(*vectors, dim=0) > 0.5
+    # As if it had been stopped after the first step.
+    shutil.rmtree(folder.parent / "checkpoints" / "checkpoint-2")
+    resumed, _ = run(cached=cached, resume=True)
+    assert logged(resumed, "loss") == losses
+    assert logged(resumed, "eval_loss") == held_out
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    """The values of a name in the trainer's log."""
+    return [float(record[name]) for record in trainer.state.log_history if name in record]
