@@ -3,7 +3,7 @@
     pip install "gistfast[demo]"
     python docs/examples/sentence_transformers_trainer.py [FOLDER] [--cached] [--resume]
 
-It runs offline, in a minute or two on a laptop. Three things differ from a script with GISTEmbedLoss: the
+It runs offline, in about a minute on a laptop. Three things differ from a script with GISTEmbedLoss: the
 guide embeds the texts once, before training; the datasets come from the guide store, which adds a `label`
 column of text ids; and the loss is given the store instead of the guide. All else is what it was: batches
 without duplicates, several datasets, hard negatives, Matryoshka dimensions, evaluation, checkpoints.
