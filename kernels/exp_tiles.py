@@ -127,7 +127,8 @@ def _exp_tiles(
             acc = tl.where(acc < own[:, None], DROPPED, acc)
         e = tl.exp2((acc - ref[:, None]) * scale)
         total += tl.sum(e, 1)
-        weighted += tl.sum(e * acc, 1)  # 0 * DROPPED is 0
+        # 0 * DROPPED is 0. Scaled tile by tile: a row's sum of up to exp(70) * SQUARE would leave fp32.
+        weighted += tl.sum(e * acc, 1) * (1.0 / SQUARE)
         top = tl.maximum(top, tl.max(acc, 1))
         kept += tl.sum((acc > 0.5 * DROPPED).to(tl.int32), 1)
         if WRITE_E:
@@ -138,7 +139,7 @@ def _exp_tiles(
 
     out = segment * num_rows + local
     tl.store(sums_ptr + out, total, mask=in_range)
-    tl.store(weighted_ptr + out, weighted / SQUARE, mask=in_range)
+    tl.store(weighted_ptr + out, weighted, mask=in_range)
     tl.store(top_ptr + out, top / SQUARE, mask=in_range)
     tl.store(kept_ptr + out, kept, mask=in_range)
 

@@ -23,7 +23,7 @@ from gistfast.kernels.fused import Layout, Rows, Segment, Settings, each_guide
 
 ROWS = 128  # rows a program of the small kernels takes
 ALIGN_WIDTH = 64  # a multiple of every BLOCK_K
-HIGHEST_EXPONENT = 70.0  # exp(70) times 2**18 candidates stays inside bfloat16 and fp32
+HIGHEST_EXPONENT = 70.0  # exp(70) times 2**20 candidates stays inside bfloat16 and fp32
 LOWEST_EXPONENT = -60.0  # what lies so far below ref is lost to underflow soon after
 SAFE_TEMPERATURE = 2.0 / (HIGHEST_EXPONENT + 87.0)  # above this no score in [-1, 1] leaves the range of exp
 

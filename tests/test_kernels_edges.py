@@ -70,6 +70,17 @@ def test_bad_positive_beside_unmasked_near_duplicates(dtype: torch.dtype) -> Non
     assert float(found.loss) > 204 / 13
 
 
+def test_temperature_of_a_row_with_thousands_of_near_duplicates_has_a_gradient() -> None:
+    batch = make_batch(2, 9000, 16, exact=True)
+    anchor, positive, negative = (role.clone() for role in batch.student)
+    # Own score -1, so that each of the negatives counts exp(70).
+    positive[1], negative[:] = -anchor[1], anchor[1]
+    batch = replace(batch, student=[anchor, positive, negative], guide=[]).to(torch.float32)
+    temperature = torch.tensor(0.015)
+    found, right = (loss(batch, temperature=temperature) for loss in (outcome, truth))
+    assert float(found.gradients[-1]) == pytest.approx(float(right.gradients[-1]), rel=1e-5)
+
+
 @every_dtype
 def test_student_that_is_the_guide(dtype: torch.dtype) -> None:
     batch = make_batch(29, 11, 64, exact=True)
