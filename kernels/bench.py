@@ -53,9 +53,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, append to the CSV, draw, print a table. Returns 1 when the gate fails."""
+    """Measure, append to the CSV, draw, print a table; 1 when the gate fails, 2 for what cannot be done here."""
     options = parser().parse_args(argv)
     path = options.out / "loss.csv"
+    if (refusal := _refusal(options, path)) is not None:
+        print(f"no figures: {refusal}", file=sys.stderr)
+        return 2
     if not options.draw_only:
         options.out.mkdir(parents=True, exist_ok=True)
         try:
@@ -68,6 +71,17 @@ def main(argv: list[str] | None = None) -> int:
     for picture in draw(path, options.out):
         print(f"wrote {picture}")
     return 0
+
+
+def _refusal(options: argparse.Namespace, path: Path) -> str | None:
+    """What the options ask for and this machine has not, and what to do; None for nothing."""
+    if options.draw_only:
+        return None if path.is_file() else f"{path} is not there to be drawn: leave --draw-only out, or give its --out"
+    import torch
+
+    if "triton" in (options.losses or ()) and not torch.cuda.is_available():
+        return "--losses triton needs a CUDA device, and there is none: leave it out, or measure where one is"
+    return None
 
 
 class GateError(Exception):
@@ -84,7 +98,7 @@ def measure_all(options: argparse.Namespace, path: Path) -> None:
     sizes = options.batch_sizes or [2**k for k in (range(10, 18) if on_gpu else range(8, 12))]
     losses = options.losses or [name for name in LOSSES if on_gpu or name != "triton"]
     if not on_gpu:
-        print("no CUDA device: the fused kernel is left out, and float32 is the precision", file=sys.stderr)
+        print(f"no CUDA device: the fused kernel is left out, and vectors are {str(dtype)[6:]}", file=sys.stderr)
     machine = Machine(device, dtype)
     functions = {name: loss_function(name) for name in losses}
     for name, function in functions.items():
