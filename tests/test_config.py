@@ -44,6 +44,12 @@ def test_required_settings_have_no_default() -> None:
     [
         ("temperature", -1.0, "--temperature must be above 0, found -1.0"),
         ("temperature", float("nan"), "--temperature must be above 0, found nan"),
+        ("epochs", float("inf"), "--epochs must be finite, found inf"),
+        (
+            "learning_rates",
+            {"head": float("inf")},
+            "--learning-rates: head must have a finite rate of at least 0, found inf",
+        ),
         ("temperature", "hot", "--temperature must be a number, found 'hot'"),
         ("batch_size", 1, "--batch-size must be at least 2, found 1"),
         ("batch_size", 8.5, "--batch-size must be a whole number, found 8.5"),

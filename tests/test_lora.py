@@ -167,7 +167,7 @@ def test_rank_without_peft_says_what_to_install(tiny_student: Path, monkeypatch:
         ({"lora_rank": 4, "freeze": "0"}, "leave --freeze out"),
         ({"learning_rates": "embeddings"}, "--learning-rates must look like embeddings=1e-6,head=1e-3"),
         ({"learning_rates": "(=1"}, "is no regular expression"),
-        ({"learning_rates": {"head": "fast"}}, "head must have a rate of at least 0, found 'fast'"),
+        ({"learning_rates": {"head": "fast"}}, "head must have a finite rate of at least 0, found 'fast'"),
     ],
 )
 def test_options_that_do_nothing_are_refused(options: dict[str, Any], message: str) -> None:

@@ -85,6 +85,7 @@ def test_record_of_a_run_is_a_settings_file(tmp_path: Path, file: Path) -> None:
         ("a.yaml", "batchsize: 3", "unknown setting 'batchsize': did you mean 'batch_size'?"),
         ("a.yaml", "- batch_size", "holds list, expected one mapping"),
         ("a.yaml", "a: [", "is not valid YAML"),
+        ("a.yaml", "out: o\na: b: c", "is not valid YAML: mapping values are not allowed here (line 2, column 5)"),
         ("a.json", "{", "is not valid JSON"),
         ("a.yaml", "student: m\nout: o", "STORE is needed"),
         (

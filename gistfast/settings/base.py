@@ -5,6 +5,7 @@ A field carries its default, its help and what it admits. A flag is the field's 
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -263,6 +264,8 @@ def _is_a(kind: type, value: Any) -> bool:
 def _check_limits(item: "Field[Any]", value: Any) -> None:
     if value is None:
         return
+    if isinstance(value, float) and math.isinf(value):
+        raise ConfigError(f"{flag_of(item)} must be finite, found {value}")
     for words, limit in item.metadata["limits"].items():
         if not _HOLDS[words](value, limit):
             raise ConfigError(f"{flag_of(item)} must be {words} {limit}, found {value}")

@@ -45,4 +45,7 @@ def _parsed(path: Path, text: str) -> Any:
     try:
         return json.loads(text) if kind == ".json" else yaml.load(text, loader)
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} is not valid {kind[1:].upper()}: {first_line(error)}") from error
+        # YAML says the place in a later line.
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+        raise ConfigError(f"--config {path} is not valid {kind[1:].upper()}: {first_line(error)}{where}") from error

@@ -1,5 +1,6 @@
 """Which settings of a training run do nothing beside others."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -68,5 +69,5 @@ def _check_learning_rate(pattern: str, rate: float) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"--learning-rates: {pattern!r} is no regular expression: {error}") from None
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate >= 0:
-        raise ConfigError(f"--learning-rates: {pattern} must have a rate of at least 0, found {rate!r}")
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
+        raise ConfigError(f"--learning-rates: {pattern} must have a finite rate of at least 0, found {rate!r}")
