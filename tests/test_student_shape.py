@@ -140,6 +140,14 @@ def test_freezing_all_that_moves_the_vectors_is_refused(tiny_student: Path) -> N
     assert [name for name, weight in student[-1].named_parameters() if weight.requires_grad] == ["linear.weight"]
 
 
+def test_head_on_a_frozen_student_trains_without_padding(
+    run: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "gistfast"):
+        run(freeze="embeddings,0", dim=8)
+    assert "unpadded attention, text by text" in caplog.text
+
+
 def test_layers_are_counted_after_the_cut(guide_folder: Path) -> None:
     with pytest.raises(ConfigError, match="0 to 1; found 2"):
         load_student(str(guide_folder), keep_layers=[0, 5], freeze=["2"], device="cpu")

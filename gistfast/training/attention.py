@@ -111,5 +111,7 @@ def _outcome(model: SentenceTransformer, form: InputForm, texts: TextSet) -> tup
     with torch.enable_grad():
         vectors = embed(model, form, texts).float()
         direction = torch.linspace(-1, 1, vectors.numel(), device=vectors.device).view_as(vectors)
-        gradients = torch.autograd.grad((vectors * direction).sum(), early_weights(model))
-    return vectors.detach(), torch.cat([gradient.float().flatten() for gradient in gradients])[None]
+        # Of BERT the pooler is trained where nothing else is, and moves no vector.
+        given = torch.autograd.grad((vectors * direction).sum(), early_weights(model), allow_unused=True)
+    gradients = [gradient.float().flatten() for gradient in given if gradient is not None]
+    return vectors.detach(), torch.cat(gradients)[None]

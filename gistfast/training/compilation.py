@@ -33,7 +33,7 @@ def compile_student(model: SentenceTransformer, form: InputForm, collator: Colla
     found, texts = compiled(model, form), some_texts(model, collator)
     try:
         with as_in_a_run(model, training=True, bf16=bf16):
-            torch.autograd.grad(embed(model, found, texts).sum(), early_weights(model))
+            torch.autograd.grad(embed(model, found, texts).sum(), early_weights(model), allow_unused=True)
     except Exception as error:  # From the model's code, the compiler of PyTorch, or that of C++.
         name = type(found.encoder).__name__
         raise ConfigError(f"--compile: {name} cannot be compiled here: {first_line(error)}: leave it out") from error
