@@ -15,7 +15,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_cases import at_step, records, same_weights, steps, without_clock
+from train_cases import at_step, records, same_weights, steps, weights, without_clock
 
 from gistfast.errors import ConfigError, DependencyError, GistfastError, ModelError, StoreError
 from gistfast.stages.precompute import precompute
@@ -504,6 +504,62 @@ def test_evaluation_without_held_out_rows_is_refused(
     folder.mkdir()
     with pytest.raises(ConfigError, match="--eval-steps needs held-out rows"):
         run(store=make_store(folder, guide_folder).path, eval_steps=2)
+
+
+def test_replaced_run_comes_back_where_the_new_one_takes_no_step(
+    run: Callable[..., TrainReport], tmp_path: Path
+) -> None:
+    before = weights(run().path)
+    (tmp_path / "student" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        run(overwrite=True, backend="triton")
+    after = weights(tmp_path / "student")
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert (tmp_path / "student" / "notes.txt").is_file()
+    assert (tmp_path / "student" / "report.json").is_file()
+    run(overwrite=True)
+    assert not (tmp_path / "student" / "notes.txt").exists()
+    assert not (tmp_path / "student" / "replaced").exists()
+
+
+def test_run_that_takes_no_step_leaves_nothing(run: Callable[..., TrainReport], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        run(backend="triton")
+    assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize("what", ["store", "student"])
+def test_what_the_run_is_made_from_is_not_replaced(
+    what: str, run: Callable[..., TrainReport], tiny_student: Path, store: GuideStore, tmp_path: Path
+) -> None:
+    inside = shutil.copytree({"store": store.path, "student": tiny_student}[what], run().path / what)
+    with pytest.raises(ConfigError, match=f"--overwrite would remove {inside}"):
+        run(overwrite=True, **{what: inside})
+    assert (tmp_path / "student" / "report.json").is_file()
+
+
+def test_folder_that_cannot_be_made_is_one_line(run: Callable[..., TrainReport], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"cannot write .*file/student: Not a directory"):
+        run(out=tmp_path / "file" / "student")
+
+
+@pytest.mark.parametrize("record", ["{}", "[]", '{"settings": 3, "store": {}}'])
+def test_record_of_something_else_is_refused(record: str, run: Callable[..., TrainReport], tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "gistfast.json").write_text(record)
+    with pytest.raises(
+        ConfigError, match=r"gistfast\.json is no record of a training run: start anew with --overwrite"
+    ):
+        run(resume=True)
+
+
+def test_checkpoint_whose_state_is_empty_is_passed_over(run: Callable[..., TrainReport], tmp_path: Path) -> None:
+    undisturbed = run(out=tmp_path / "undisturbed")
+    report = run(save_steps=2)
+    (report.path / "report.json").unlink()
+    (report.path / "checkpoints" / f"checkpoint-{report.steps}" / "trainer_state.json").write_text("")
+    assert same_weights(undisturbed.path, run(save_steps=2, resume=True).path)
 
 
 def test_existing_run_is_kept_unless_told_otherwise(run: Callable[..., TrainReport]) -> None:

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from gistfast.students.lora import has_lora, merged, save_adapter
 from gistfast.training.begin import load, num_steps, open_run
 from gistfast.training.best import best_step, out_of_patience
 from gistfast.training.callbacks import (
+    KeepAfterStep,
     MetricsFile,
     StepProgress,
     StopOnInterrupt,
@@ -87,7 +89,12 @@ def train(
         model = load(settings)
     _begin(run, record, ranks, overwrite=settings.overwrite)
     upload_to = settings.push_to_hub if ranks.first else None
-    with disk_errors_in_one_line(run.path), left_in_one_line(), uploads_to(upload_to) as upload:
+    with (
+        _undone_before_its_first_step(run, ranks),
+        disk_errors_in_one_line(run.path),
+        left_in_one_line(),
+        uploads_to(upload_to) as upload,
+    ):
         more = [] if upload is None else [UploadCheckpoints(upload, run)]
         history = _fit(model, stores, settings, run, trackers, more, ranks)
         best = best_step(history) if settings.keep_best else None
@@ -113,6 +120,17 @@ def _begin(run: RunFolder, record: dict[str, Any], ranks: Ranks, *, overwrite: b
             run.begin(record, overwrite=overwrite)
     with ranks.together():
         run.check_seen()
+
+
+@contextmanager
+def _undone_before_its_first_step(run: RunFolder, ranks: Ranks) -> Iterator[None]:
+    """Leave the folder as it was found where the run ends, for any reason, before it has taken a step."""
+    try:
+        yield
+    except BaseException:
+        if ranks.first:
+            run.undo()
+        raise
 
 
 def _fit(
@@ -163,6 +181,7 @@ def _take_steps(
         KeyboardInterrupt: After Ctrl-C, when a checkpoint was saved.
     """
     trainer.add_callback(MetricsFile(run.metrics))
+    trainer.add_callback(KeepAfterStep(run))
     with StepProgress() as bar, StopOnInterrupt(ranks) as stop, no_weight_bar(), without_their_warnings():
         trainer.add_callback(bar)
         trainer.add_callback(stop)

@@ -18,6 +18,7 @@ from gistfast.errors import DependencyError
 from gistfast.progress import Bar, progress
 from gistfast.training.pace import in_words
 from gistfast.training.ranks import Ranks
+from gistfast.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,18 @@ class MetricsFile(TrainerCallback):
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record) + "\n"
+
+
+class KeepAfterStep(TrainerCallback):
+    """Removes what the run replaces as soon as it has taken a step."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remove it."""
+        if state.is_world_process_zero:
+            self.run.keep()
 
 
 class StepProgress(TrainerCallback):

@@ -7,6 +7,7 @@ OUT/
   checkpoints/        checkpoint-N: all that a run needs to go on after step N
   training.png        the log as a picture, where matplotlib is installed
   report.json         written last: the run is complete
+  replaced/           what was there before, until the first step is taken; then it goes, or comes back
   adapter/            a LoRA run's adapter alone, as peft reads it; in the model files it is merged
   (model files)       SentenceTransformer(OUT) loads them
 """
@@ -14,7 +15,7 @@ OUT/
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 
 from gistfast.errors import ConfigError, GistfastError
 from gistfast.settings.stages import TrainSettings, to_dict
-from gistfast.store.files import write_json
+from gistfast.store.files import one_line_write_errors, write_json
 from gistfast.training.store_change import stores_difference
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ class RunFolder:
         """What came of the run; there once it is complete."""
         return self.path / "report.json"
 
+    @property
+    def replaced(self) -> Path:
+        """What lay here before a run began, until that has taken a step."""
+        return self.path / "replaced"
+
     def check(self, record: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that the run must not write to; changes nothing.
 
@@ -95,8 +101,8 @@ class RunFolder:
             overwrite: Whether a run found there is to be replaced.
 
         Raises:
-            ConfigError: When the folder holds a run and neither is asked for, holds something else, or its
-                run was made with other settings or another store.
+            ConfigError: When the folder holds a run and neither is asked for, holds something else or what the new
+                run is made from, or its run was made with other settings or another store.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--out {self.path} is a file: give a folder")
@@ -108,24 +114,67 @@ class RunFolder:
             raise ConfigError(
                 f"--out {self.path} holds a training run: go on with --resume or replace it with --overwrite"
             )
-        if resume and (difference := _difference(self._read(self.record_path), record)):
+        if resume and (difference := _difference(self._record(), record)):
             raise ConfigError(f"--out {self.path} holds a run made otherwise: {difference}: resume it as it was")
+        if overwrite:
+            self._refuse_to_replace(record["settings"])
+
+    def _refuse_to_replace(self, settings: dict[str, Any]) -> None:
+        """Refuse to remove what the new run is made from.
+
+        Raises:
+            ConfigError: With what lies here.
+        """
+        here = self.path.resolve()
+        for source in filter(None, (*settings["store"], settings["student"], settings["eval_sts"])):
+            if Path(source).expanduser().resolve().is_relative_to(here) and Path(source).expanduser().exists():
+                raise ConfigError(
+                    f"--out {self.path}: --overwrite would remove {source}, which this run needs: give another --out, "
+                    "or move that first"
+                )
 
     def store_names(self) -> list[str]:
         """What the stores of the run found there are called in its log, if there is a run of several stores."""
-        stores = self._read(self.record_path)["store"] if self.record_path.is_file() else []
+        stores = self._record()["store"] if self.record_path.is_file() else []
         return [store["name"] for store in stores] if isinstance(stores, list) else []
 
     def begin(self, record: dict[str, Any], *, overwrite: bool) -> None:
-        """Make the folder and write down what the run is made from, removing an earlier run if asked to.
+        """Make the folder and write down what the run is made from; an earlier run is set aside if asked to.
 
         Raises:
             StoreError: When the folder cannot be written.
         """
-        if overwrite and self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        with one_line_write_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if overwrite or not self.record_path.is_file():
+                self._set_aside()
         write_json(self.record_path, record)
+
+    def _set_aside(self) -> None:
+        found = list(self.path.iterdir())
+        if self.replaced in found:
+            # Beside it lies a run that was killed before its first step.
+            _remove(path for path in found if path != self.replaced)
+            return
+        self.replaced.mkdir()
+        for path in found:
+            path.rename(self.replaced / path.name)
+
+    def keep(self) -> None:
+        """Remove what was set aside: the run has taken a step."""
+        if self.replaced.is_dir():
+            shutil.rmtree(self.replaced)
+
+    def undo(self) -> None:
+        """Leave the folder as it was found, if the run has taken no step."""
+        if not self.replaced.is_dir():
+            return
+        _remove(path for path in self.path.iterdir() if path != self.replaced)
+        for path in self.replaced.iterdir():
+            path.rename(self.path / path.name)
+        self.replaced.rmdir()
+        if next(self.path.iterdir(), None) is None:
+            self.path.rmdir()
 
     def check_seen(self) -> None:
         """Refuse a folder in which the record that another process wrote is not to be seen.
@@ -144,13 +193,19 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """The latest complete checkpoint; a half-written one, left by a kill, is passed over."""
-        # The trainer writes its state last.
-        found = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        # The trainer writes its state last; a power cut may leave an empty one.
+        found = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json") if _is_whole(path)]
         return max(found, key=step_of, default=None)
 
     def finished(self) -> dict[str, Any] | None:
         """The report of a complete run, None while it is not."""
         return self._read(self.report_path) if self.report_path.is_file() else None
+
+    def _record(self) -> dict[str, Any]:
+        record = self._read(self.record_path)
+        if not (isinstance(record, dict) and isinstance(record.get("settings"), dict) and record.get("store")):
+            raise ConfigError(f"{self.record_path} is no record of a training run: start anew with --overwrite")
+        return record
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -158,6 +213,21 @@ class RunFolder:
         except ValueError as error:
             raise ConfigError(f"{path} is damaged ({error}): start anew with --overwrite") from error
         return record
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except ValueError:
+        return False
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def step_of(checkpoint: Path | None) -> int:
