@@ -44,6 +44,7 @@ def test_required_settings_have_no_default() -> None:
     [
         ("temperature", -1.0, "--temperature must be above 0, found -1.0"),
         ("temperature", float("nan"), "--temperature must be above 0, found nan"),
+        ("seed", 2**32, "--seed must be at most 4294967295, found 4294967296"),
         ("epochs", float("inf"), "--epochs must be finite, found inf"),
         (
             "learning_rates",

@@ -19,6 +19,11 @@ def test_local_folder_is_named_by_its_last_two_parts(tiny_student: Path) -> None
     assert folder.is_sentence_transformer
 
 
+def test_revision_of_a_local_folder_is_refused(tiny_student: Path) -> None:
+    with pytest.raises(ModelError, match="is a folder, which has no revision 'main': leave it out or give a hub id"):
+        model_folder(str(tiny_student), revision="main")
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c"])
 def test_missing_folder_is_refused_without_asking_the_hub(name: str) -> None:
     with pytest.raises(ModelError, match="is not a folder: give the folder of a model or a hub id"):

@@ -75,6 +75,14 @@ def test_length_beyond_the_positions_is_refused(tiny_student: Path) -> None:
         load_sentence_transformer(model_folder(str(tiny_student)), max_length=65, device="cpu")
 
 
+def test_length_of_static_embeddings_cannot_be_limited(tiny_student: Path, tmp_path: Path) -> None:
+    tokenizer = SentenceTransformer(str(tiny_student), device="cpu").tokenizer
+    static = SentenceTransformer(modules=[modules.StaticEmbedding(tokenizer, embedding_dim=4)], device="cpu")
+    static.save(str(tmp_path / "static"))
+    with pytest.raises(ModelError, match="static has no limit of tokens to set: leave --max-length out"):
+        load_sentence_transformer(model_folder(str(tmp_path / "static")), max_length=5, device="cpu")
+
+
 def test_positions_that_padding_takes_are_not_counted(tmp_path: Path, guide_folder: Path) -> None:
     config = MPNetConfig(
         vocab_size=30_527,

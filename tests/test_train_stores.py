@@ -290,6 +290,7 @@ def test_wrong_stores_are_refused_by_their_paths(
     tasks = make_store([(f"{one} {other}", other) for one, other in ROWS], name="tasks", tasks=["a", "b"] * 8)
     unfinished = make_store(ROWS[:9], name="unfinished")
     (unfinished.path / "store.json").rename(unfinished.path / "next.json")
+    one_row = make_store(ROWS[:1], name="one row")
     same = "hold the same rows and guide vectors: give one of them"
     for paths, options, error, message in (
         ([pairs.path, triples.path, copied], {}, ConfigError, f"{pairs.path} and {copied} {same}"),
@@ -299,6 +300,12 @@ def test_wrong_stores_are_refused_by_their_paths(
         ([], {}, ConfigError, "STORE is needed"),
         ([pairs.path], {"mixing": "round_robin"}, ConfigError, "--mixing round_robin does nothing with one store"),
         ([pairs.path, triples.path], {"batch_size": 12}, ConfigError, f"{triples.path} has 10 rows to train on"),
+        (
+            [pairs.path, one_row.path],
+            {},
+            ConfigError,
+            f"{one_row.path} has 1 rows to train on: a step needs 2 at least",
+        ),
         ([tasks.path, pairs.path], {"batching": "task"}, ConfigError, f"{pairs.path} has none"),
     ):
         with pytest.raises(error, match=message) as caught:

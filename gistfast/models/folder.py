@@ -118,6 +118,8 @@ def model_folder(name: str, *, revision: str | None = None, trust_remote_code: b
         ModelError: When there is no such folder or hub id, the hub cannot be reached, the folder is not a
             model, its weights are pickles only, or all this is so of the model that its adapter was trained on.
     """
+    if revision is not None and Path(name).expanduser().is_dir():
+        raise ModelError(f"{name} is a folder, which has no revision {revision!r}: leave it out or give a hub id")
     folder = _found_folder(name, revision, trust_remote_code)
     return replace(folder, base=_base_of(folder, trust_remote_code)) if _is_adapter(folder) else folder
 

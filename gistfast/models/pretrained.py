@@ -136,7 +136,11 @@ def _limit_tokens(model: "SentenceTransformer", max_length: int, name: str) -> N
     positions = _num_positions(model)
     if positions is not None and positions < max_length:
         raise ModelError(f"--max-length is {max_length}, and {name} sees {positions} tokens: give at most that")
-    model.max_seq_length = max_length
+    try:
+        model.max_seq_length = max_length
+    except AttributeError:
+        # Static embeddings take texts of any length.
+        raise ModelError(f"{name} has no limit of tokens to set: leave --max-length out") from None
 
 
 def _num_positions(model: "SentenceTransformer") -> int | None:

@@ -112,7 +112,7 @@ class TrainSettings(Settings):
         parse=learning_rates,
     )
     warmup: float = setting(0.1, "Share of the steps in which the learning rate rises.", at_least=0, below=1)
-    seed: int = setting(42, "Decides the order of the rows and every other draw.", at_least=0)
+    seed: int = setting(42, "Decides the order of the rows and every other draw.", at_least=0, at_most=2**32 - 1)
     dropout: float | None = setting(None, "Dropout of the student; its own when left out.", at_least=0, below=1)
     bf16: bool = setting(False, "Compute in bfloat16 where it is safe.")
     compile: bool = setting(

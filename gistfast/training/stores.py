@@ -64,7 +64,10 @@ def check_stores(
         StoreError: When one has no mined negatives.
     """
     for store in stores.values():
-        if batch_size * processes > (num_rows := num_train_rows(store)):
+        num_rows = num_train_rows(store)
+        if num_rows < 2 * processes:
+            raise ConfigError(f"{store.path} has {num_rows} rows to train on: a step needs {2 * processes} at least")
+        if batch_size * processes > num_rows:
             several = f" in {processes} processes" if processes > 1 else ""
             raise ConfigError(
                 f"--batch-size {batch_size}{several} is larger than the data: "
