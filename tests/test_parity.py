@@ -36,7 +36,9 @@ def test_loss_and_gradients_are_those_of_the_original(case: dict[str, Any], back
     batch = golden_batch()
     if case["name"] == "guided_noguide":
         batch = replace(batch, guide=[])
-    found = outcome(batch, backend, temperature=case["temperature"], hard_only=case["name"] == "guided_hard")
+    name, _, triplet_margin = case["name"].partition("_m")
+    triplet: dict[str, Any] = {"triplet": "soft", "triplet_margin": float(triplet_margin)} if triplet_margin else {}
+    found = outcome(batch, backend, temperature=case["temperature"], hard_only=name == "guided_hard", **triplet)
     assert float(found.loss) == pytest.approx(case["loss"], rel=1e-9)
     for role, gradient in zip(ROLES, found.gradients, strict=True):
         assert float(gradient.abs().sum()) == pytest.approx(case["grad_sum_abs"][role], rel=1e-9)

@@ -18,12 +18,14 @@ from gistfast.kernels.reference import guided_contrastive_reference
 from gistfast.losses.inputs import (
     check_options,
     check_rows,
+    check_triplet,
     guide_columns,
     id_columns,
     vector_columns,
     widths_of_guides,
 )
 from gistfast.losses.stats import LossStats, dropped_share, positive_score
+from gistfast.losses.triplet import DEFAULT_MARGIN, Triplet, triplet_terms
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ def guided_contrastive_loss(  # type: ignore[misc]
     contrast_anchors: bool = True,
     contrast_positives: bool = True,
     hard_only: bool = False,
+    triplet: Triplet | None = None,
+    triplet_margin: float = DEFAULT_MARGIN,
     row_offset: int = 0,
     num_rows: int | None = None,
     reduction: Reduction = "mean",
@@ -118,6 +122,8 @@ def guided_contrastive_loss(  # type: ignore[misc]
         contrast_anchors: Whether anchors are contrasted with each other.
         contrast_positives: Whether positives are contrasted with each other.
         hard_only: Drop candidates that the student scores below the own positive, too.
+        triplet: "soft" or "hard" adds a triplet term (`gistfast.losses.triplet`) to each row's loss; None adds none.
+        triplet_margin: By how much nearer than its negatives the term wants a row's positives, in cosines.
         row_offset: First row whose loss is taken; the others are candidates alone.
         num_rows: R, how many rows' loss is taken; None for all from `row_offset` on.
         reduction: "mean" over the R rows, or "none".
@@ -138,6 +144,7 @@ def guided_contrastive_loss(  # type: ignore[misc]
     """
     num_rows = len(anchor) - row_offset if num_rows is None else num_rows
     check_options(temperature, margin, margin_strategy, reduction, chunk_mib)
+    check_triplet(triplet, triplet_margin)
     students = vector_columns("student", [anchor, positive, negative])
     check_rows(row_offset, num_rows, len(anchor))
     guides = guide_columns(students, [guide_anchor, guide_positive, guide_negative])
@@ -173,10 +180,18 @@ def guided_contrastive_loss(  # type: ignore[misc]
             loss, kept, hardest = operator.guided_contrastive(students, guides, ids, scalar, settings)
     except operator.UnusableVectorError as error:
         raise VectorError(str(error)) from None
+    terms = None
+    if triplet is not None:
+        terms = triplet_terms(
+            students, guides, ids, kind=triplet, triplet_margin=triplet_margin, margin=margin, relative=relative,
+            contrast_anchors=contrast_anchors, guide_widths=widths, lowest=guide_score == "min",
+            row_offset=row_offset, num_rows=num_rows, chunk_bytes=0 if chunk_mib is None else int(chunk_mib * 2**20),
+        )  # fmt: skip
+        loss = loss + (terms.mean() if mean else terms)
     if not return_stats:
         return loss
     scores = positive_score(anchor, positive, row_offset, num_rows)
-    return loss, LossStats(dropped_share(kept, layout, num_rows), scores, hardest)
+    return loss, LossStats(dropped_share(kept, layout, num_rows), scores, hardest, terms)
 
 
 def choose_backend(backend: Backend, vectors: Tensor) -> str:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from gistfast.errors import ConfigError, ShapeError
 from gistfast.losses.functional import Backend, MarginStrategy, guided_contrastive_loss
-from gistfast.losses.inputs import by_column, check_options, roles
+from gistfast.losses.inputs import by_column, check_options, check_triplet, roles
 from gistfast.losses.schedules import LearnedTemperature
+from gistfast.losses.triplet import DEFAULT_MARGIN, Triplet
 from gistfast.store import GuideStore
 
 
@@ -33,7 +34,8 @@ class GISTLoss(nn.Module):
     Attributes:
         last_stats: Of the last batch, scalar tensors: for each block in use the share of its candidates that was
             dropped ("dropped/ap", "dropped/aa", "dropped/pp", "dropped/an"), and the mean student scores of the rows'
-            own positives and of their hardest candidates ("score/positive", "score/hardest").
+            own positives and of their hardest candidates ("score/positive", "score/hardest"); also the mean triplet
+            term ("triplet") where there is one.
 
     Example:
         >>> store = GuideStore.open("store")  # doctest: +SKIP
@@ -55,6 +57,8 @@ class GISTLoss(nn.Module):
         contrast_anchors: bool = True,
         contrast_positives: bool = True,
         hard_only: bool = False,
+        triplet: Triplet | None = None,
+        triplet_margin: float = DEFAULT_MARGIN,
         gather_across_devices: bool = False,
         backend: Backend = "auto",
     ) -> None:
@@ -69,6 +73,8 @@ class GISTLoss(nn.Module):
             contrast_anchors: Whether anchors are contrasted with each other.
             contrast_positives: Whether positives are contrasted with each other.
             hard_only: Drop candidates that the student scores below the own positive, too.
+            triplet: "soft" or "hard" adds a triplet term (`gistfast.losses.triplet`); None adds none.
+            triplet_margin: By how much nearer than its negatives the term wants a row's positives, in cosines.
             gather_across_devices: Take candidates from all processes of a distributed run, which must have
                 batches of one size. The gradient, averaged over them, is that of one process on the joint
                 batch.
@@ -81,6 +87,7 @@ class GISTLoss(nn.Module):
         self.learned_temperature = temperature if isinstance(temperature, LearnedTemperature) else None
         temperature = temperature().item() if isinstance(temperature, LearnedTemperature) else temperature
         check_options(temperature, margin, margin_strategy)
+        check_triplet(triplet, triplet_margin)
         self.model = model
         self.store = store
         self.options: dict[str, Any] = {
@@ -90,6 +97,8 @@ class GISTLoss(nn.Module):
             "contrast_anchors": contrast_anchors,
             "contrast_positives": contrast_positives,
             "hard_only": hard_only,
+            "triplet": triplet,
+            "triplet_margin": triplet_margin,
             "backend": backend,
         }
         self.gather_across_devices = gather_across_devices

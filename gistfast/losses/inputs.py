@@ -38,6 +38,14 @@ def check_options(
         raise ConfigError(f"chunk_mib is {chunk_mib}: give a size above 0, or None to choose by the free memory")
 
 
+def check_triplet(triplet: str | None, triplet_margin: float) -> None:
+    """Raise ConfigError when there is no such triplet term, or its margin is no distance of cosines."""
+    if triplet not in (None, "soft", "hard"):
+        raise ConfigError(f"triplet is {triplet!r}: choose soft or hard, or None for no triplet term")
+    if not 0 <= triplet_margin <= 2:
+        raise ConfigError(f"triplet_margin is {triplet_margin}: give a distance of cosines, from 0 to 2")
+
+
 def check_rows(row_offset: int, num_rows: int, num_anchors: int) -> None:
     """Raise ShapeError when the slice of rows is empty or leaves the batch."""
     if num_rows < 1 or row_offset < 0 or row_offset + num_rows > num_anchors:

@@ -20,21 +20,24 @@ class LossStats:
             tensor in [0, 1]. The own positive, and a text met with itself in its own row, do not count as candidates.
         positive_score: (R,) student score of the row's own positive.
         hardest_score: (R,) highest student score among the candidates kept; -inf where none was.
+        triplet: (R,) triplet terms, a part of the loss; None where there are none.
     """
 
     dropped: dict[str, Tensor]
     positive_score: Tensor
     hardest_score: Tensor
+    triplet: Tensor | None = None
 
     def means(self) -> dict[str, Tensor]:
-        """Scalars for a log: "dropped/ap", ..., "score/positive", "score/hardest".
+        """Scalars for a log: "dropped/ap", ..., "score/positive", "score/hardest", and "triplet" where there is one.
 
         Rows without a candidate have no hardest score; the mean is NaN where all rows are such.
         """
         kept = self.hardest_score > -torch.inf
         hardest = self.hardest_score.where(kept, 0).sum() / kept.sum()
         shares = {f"dropped/{block}": share for block, share in self.dropped.items()}
-        return shares | {"score/positive": self.positive_score.mean(), "score/hardest": hardest}
+        triplet = {} if self.triplet is None else {"triplet": self.triplet.detach().mean()}
+        return shares | {"score/positive": self.positive_score.mean(), "score/hardest": hardest} | triplet
 
 
 def dropped_share(kept: Tensor, layout: Layout, num_rows: int) -> dict[str, Tensor]:

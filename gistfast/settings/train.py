@@ -59,6 +59,14 @@ class TrainSettings(Settings):
     contrast_anchors: bool = setting(True, "Use other anchors as candidates.")
     contrast_positives: bool = setting(True, "Let positives meet other positives as candidates.")
     hard_only: bool = setting(False, "Also drop candidates that the student scores below the positive.")
+    triplet: Literal["soft", "hard"] | None = setting(
+        None,
+        "Add a triplet term: what the guide takes for positives is to lie nearer than the rest, in the mean (soft), or "
+        "the farthest of it nearer than the nearest of the rest (hard).",
+    )
+    triplet_margin: float | None = setting(
+        None, "With --triplet: by how much nearer, in cosines; 0.2 when left out.", at_least=0, at_most=2
+    )
     mined_negatives: int = setting(0, "Hard negatives to add to each row, of those that the store has.", at_least=0)
     matryoshka_dims: tuple[int, ...] = setting(
         (),

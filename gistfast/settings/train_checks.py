@@ -20,6 +20,8 @@ def refuse_useless_options(settings: "TrainSettings") -> None:
     """
     if settings.mixing is not None and len(settings.store) == 1:
         raise ConfigError(f"--mixing {settings.mixing} does nothing with one store: leave it out")
+    if settings.triplet_margin is not None and settings.triplet is None:
+        raise ConfigError("--triplet-margin does nothing without --triplet: give both")
     _check_matryoshka(settings.matryoshka_dims, settings.matryoshka_weights)
     if settings.lora_rank is None and (settings.lora_alpha or settings.lora_dropout or settings.lora_targets):
         raise ConfigError("--lora-alpha, --lora-dropout and --lora-targets do nothing without --lora-rank: give a rank")

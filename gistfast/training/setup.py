@@ -45,6 +45,7 @@ _LOSS_OPTIONS = (
     "contrast_anchors",
     "contrast_positives",
     "hard_only",
+    "triplet",
     "backend",
 )
 
@@ -175,6 +176,8 @@ def _losses(
     options: dict[str, Any] = {name: getattr(settings, name) for name in _LOSS_OPTIONS}
     if settings.learn_temperature:
         options["temperature"] = LearnedTemperature(settings.temperature, _lowest_temperature(settings))
+    if settings.triplet_margin is not None:
+        options["triplet_margin"] = settings.triplet_margin
     options["gather_across_devices"] = gather
     return {name: GISTLoss(model, store, **options) for name, store in stores.items()}
 
