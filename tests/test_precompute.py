@@ -426,7 +426,9 @@ def test_killed_command_resumes_without_repeating_shards(
     # No worker outlives the process that started it.
     assert not psutil.wait_procs(workers, timeout=60)[1]
     if number == signal.SIGINT:
-        assert said.splitlines()[-1] == "gistfast: stopped: the same command with --resume goes on from here"
+        assert said.splitlines()[-1] == (
+            "gistfast: stopped: the same command goes on from here, with --resume where it makes a new store"
+        )
     done = {int(path.stem[-5:]) for path in (out / "commits").glob("vectors-*.json")}
     assert 2 <= len(done) < NUM_LONG_SHARDS
     with pytest.raises(StoreError, match=f"stage 1 has {len(done)} of {NUM_LONG_SHARDS} shards"):

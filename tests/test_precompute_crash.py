@@ -179,7 +179,9 @@ class TestFolderThatCannotBeWritten:
     ) -> None:
         first, second, guide = given
         store = precompute(first, guide=guide, out=locked.path / "store")
-        assert "cannot write" in self.refusal(locked, second, guide, append=True)
+        refusal = self.refusal(locked, second, guide, append=True)
+        assert "cannot write" in refusal
+        assert refusal.endswith("then run the command again (precompute of a new store: with --resume)")
         assert store.verify() == []
         assert precompute(second, guide=guide, out=locked.path / "store", append=True).num_rows == 20
 

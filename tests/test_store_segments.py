@@ -15,6 +15,7 @@ from gistfast.errors import StoreError
 from gistfast.neighbours.pair_scores import score_pairs
 from gistfast.rows.dataset import RowSource
 from gistfast.store import GuideInfo, GuideStore, StoreWriter
+from gistfast.store.verify import check_store
 
 SECOND = replace(GUIDE, name="second", weights_hash="second", width=5, dtype="float32")
 
@@ -120,6 +121,8 @@ class TestAppending:
         with StoreWriter.create(tmp_path / "store", guide=GUIDE, source=more, mode="append") as writer:
             fill(writer, more)
             embed(writer, writer.vectors.pending()[:1])
+            note = check_store(tmp_path / "store", deep=False).notes[0]
+            assert note.endswith("store is not finished: the command that began it goes on")
             during = GuideStore.open(tmp_path / "store")
             assert contents(during) == seen
             assert during.fingerprint == old.fingerprint

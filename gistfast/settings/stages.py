@@ -41,7 +41,7 @@ class PrecomputeSettings(Settings):
     """Stage 1: from rows of text to a guide store."""
 
     about = "Write a guide store: each distinct text of SOURCE, embedded once."
-    when_stopped = "stopped: the same command with --resume goes on from here"
+    when_stopped = "stopped: the same command goes on from here, with --resume where it makes a new store"
     sections: ClassVar = {
         "columns": "Rows",
         "guide_prompt": "Guide",

@@ -41,7 +41,7 @@ def one_line_write_errors(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise StoreError(
             f"cannot write {path}: {reason}: what was committed is kept; "
-            "make room or free the folder, then run the command again (precompute: with --resume)"
+            "make room or free the folder, then run the command again (precompute of a new store: with --resume)"
         ) from error
 
 

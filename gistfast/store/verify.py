@@ -191,7 +191,9 @@ def _begun_shards(store: Path, plan: Manifest | None) -> dict[tuple[str, int], M
 def _notes(store: Path, plan: Manifest | None) -> Iterator[str]:
     if plan is None:
         return
-    yield f"{store} is not finished: the command that began it goes on with --resume"
+    # What grows a store, or replaces it, finds its own plan: --resume is for a first one.
+    with_resume = "" if (store / MANIFEST_NAME).is_file() else " with --resume"
+    yield f"{store} is not finished: the command that began it goes on{with_resume}"
     for guide, missing in missing_vectors(store, plan).items():
         yield f"guide {guide} has {len(plan.plan.texts) - missing} of {len(plan.plan.texts)} shards of vectors"
 
