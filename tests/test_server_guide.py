@@ -284,11 +284,20 @@ def test_vector_without_direction_is_named_by_its_text(server: EmbeddingStub, nu
         guide.embed(["a large natural stream", "violin"], "query")
 
 
-def test_page_in_place_of_an_answer_is_refused_at_once(server: EmbeddingStub) -> None:
-    server.always = lambda handler, texts: handler.answer(b"<html></html>", Content_Type="text/html")
-    with pytest.raises(ModelError, match="answered with text/html, not JSON"):
+@pytest.mark.parametrize("kind", ["text/html", "application/json"])
+def test_page_in_place_of_an_answer_is_refused_at_once(server: EmbeddingStub, kind: str) -> None:
+    server.always = lambda handler, texts: handler.answer(b"\n <html>\n</html>", Content_Type=kind)
+    with pytest.raises(ModelError, match=r"with something that is not JSON \('<html>'\): check the address"):
         guide_of(server)
     assert len(server.questions) == 1
+
+
+@pytest.mark.parametrize("begun", [b"", b' {"data": [', b"{"])
+@pytest.mark.parametrize("kind", ["text/plain", "application/json"])
+def test_answer_that_breaks_off_is_asked_for_again(server: EmbeddingStub, begun: bytes, kind: str) -> None:
+    guide = guide_of(server)
+    server.faults = [lambda handler, texts: handler.answer(begun, Content_Type=kind)]
+    np.testing.assert_allclose(guide.embed(TEXTS, "query"), directions_of(TEXTS), atol=1e-6)
 
 
 def test_address_where_nobody_answers_is_refused_at_once(server: EmbeddingStub) -> None:

@@ -27,7 +27,7 @@ from urllib3.exceptions import (
 
 from gistfast.errors import ConfigError, ModelError, first_line
 from gistfast.guides.directions import Vectors
-from gistfast.guides.server_answers import message_of, vectors_of
+from gistfast.guides.server_answers import is_broken_off, message_of, vectors_of
 
 logger = logging.getLogger(__name__)
 
@@ -159,12 +159,13 @@ class EmbeddingServer:
         try:
             answer = json.loads(response.data)
         except ValueError as error:
-            kind = response.headers.get("Content-Type", "json")
-            if "json" not in kind:
-                raise ModelError(
-                    f"{self.url} answered with {kind}, not JSON: --guide is an address up to /v1"
-                ) from error
-            raise _PassingError("broke off its answer") from error
+            if is_broken_off(response.data):
+                raise _PassingError("broke off its answer") from error
+            said = self._without_key(message_of(response.data))
+            raise ModelError(
+                f"{self.url} answered with something that is not JSON ({said!r}): check the address, such as "
+                "https://host/v1"
+            ) from error
         return vectors_of(answer, len(texts), self.url)
 
     def _refuse_wrong_address(self, error: HTTPError) -> None:

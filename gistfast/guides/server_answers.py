@@ -56,6 +56,12 @@ def _numbers(value: Any) -> Vectors:
     return vector
 
 
+def is_broken_off(body: bytes) -> bool:
+    """Whether a body that is no JSON is the beginning of an answer, if only an empty one; a page, say, is none."""
+    begun = body.lstrip()
+    return not begun or begun.startswith(b"{")
+
+
 def message_of(body: bytes) -> str:
     """The first line of what the server says of a failure, in whichever of the usual fields."""
     text = body.decode(errors="replace")
