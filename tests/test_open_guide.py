@@ -1,3 +1,4 @@
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from gistfast.guides.kinds import OPTIONS, READY_SUFFIXES, guide_kind
 from gistfast.rows.formats import FORMATS
 from gistfast.settings.base import flag_of
 from gistfast.settings.stages import PrecomputeSettings, build
+from gistfast.settings.store import StoreRepairSettings
 from gistfast.stages.precompute import precompute
 
 # A value other than the default for each option that only one kind of guide takes.
@@ -90,6 +92,30 @@ def test_option_is_taken_by_its_own_kind_and_refused_by_name_by_others(name: str
     flag = flag_of(PrecomputeSettings.__dataclass_fields__[name])
     with pytest.raises(ConfigError, match=rf"^{flag} .* does not go with --guide .*: leave it out$"):
         build(PrecomputeSettings, given)
+
+
+def test_mapping_that_is_refused_is_shown_as_it_is_typed() -> None:
+    given = {"source": "pairs.jsonl", "out": "store", **GUIDES["model"], "vectors": "text=vec,title=t.npy"}
+    with pytest.raises(ConfigError, match=r"^--vectors text=vec,title=t\.npy does not go with --guide BAAI"):
+        build(PrecomputeSettings, given)
+
+
+@pytest.mark.parametrize("guide_model", [None, "m"])
+@pytest.mark.parametrize("address", ["127.0.0.1:9101", "127.0.0.1:9101/v1", "gpu-3.local:80/", "[::1]:8000/v1"])
+def test_address_without_its_scheme_is_refused(address: str, guide_model: str | None) -> None:
+    message = f"--guide {re.escape(address)} is neither a folder nor a hub id: for a server begin with http://"
+    with pytest.raises(ConfigError, match=message):
+        build(
+            PrecomputeSettings, {"source": "pairs.jsonl", "out": "store", "guide": address, "guide_model": guide_model}
+        )
+    with pytest.raises(ConfigError, match=message):
+        build(StoreRepairSettings, {"store": "store", "guide": address})
+
+
+def test_folder_that_is_called_like_an_address_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model:1").mkdir()
+    assert build(PrecomputeSettings, {"source": "pairs.jsonl", "out": "store", "guide": "model:1"}).guide == "model:1"
 
 
 def test_server_needs_the_name_of_its_model() -> None:

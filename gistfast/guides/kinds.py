@@ -1,8 +1,10 @@
 """The kinds of guides, told apart by what --guide names, and which options each kind takes."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import PurePath
-from typing import Literal
+from pathlib import Path, PurePath
+from typing import Any, Literal
 
 from gistfast.errors import ConfigError
 from gistfast.settings.base import Settings, flag_of
@@ -34,6 +36,8 @@ OPTIONS: dict[GuideKind, tuple[str, ...]] = {
     ),
     "ready": ("vectors",),
 }
+# HOST:PORT or HOST:PORT/..., which no model on the hub is called.
+_ADDRESS = re.compile(r"([\w.-]+|\[[\da-fA-F:]+\]):\d+(/.*)?")
 _CALLED: dict[GuideKind, str] = {
     "model": "a model that runs here",
     "server": "a server, which settles that itself",
@@ -46,6 +50,18 @@ def guide_kind(name: str) -> GuideKind:
     if name.startswith(("http://", "https://")):
         return "server"
     return "ready" if PurePath(name).suffix in READY_SUFFIXES else "model"
+
+
+def refuse_address_alone(guide: str) -> None:
+    """Refuse what looks like a server's address without its scheme, and would be taken for a model.
+
+    Raises:
+        ConfigError: When it does, and there is no folder of that name.
+    """
+    if guide_kind(guide) == "model" and _ADDRESS.fullmatch(guide) and not Path(guide).is_dir():
+        raise ConfigError(
+            f"--guide {guide} is neither a folder nor a hub id: for a server begin with http:// or https://"
+        )
 
 
 def refuse_options_of_other_guides(settings: Settings, guide: str) -> None:
@@ -64,5 +80,9 @@ def refuse_options_of_other_guides(settings: Settings, guide: str) -> None:
         value = getattr(settings, item.name)
         if item.name in ignored and value != item.default:
             raise ConfigError(
-                f"{flag_of(item)} {value} does not go with --guide {guide}, {_CALLED[kind]}: leave it out"
+                f"{flag_of(item)} {_as_typed(value)} does not go with --guide {guide}, {_CALLED[kind]}: leave it out"
             )
+
+
+def _as_typed(value: Any) -> Any:
+    return ",".join(f"{name}={place}" for name, place in value.items()) if isinstance(value, Mapping) else value

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass
 from typing import ClassVar, Literal
 
 from gistfast.errors import ConfigError
-from gistfast.guides.kinds import guide_kind, refuse_options_of_other_guides
+from gistfast.guides.kinds import guide_kind, refuse_address_alone, refuse_options_of_other_guides
 from gistfast.settings.base import (
     Settings,
     argument,
@@ -171,6 +171,7 @@ class PrecomputeSettings(Settings):
         if self.negatives is None and (self.negatives_margin, self.negatives_margin_strategy) != (0.05, "relative"):
             raise ConfigError("--negatives-margin and its strategy belong to mined negatives: give --negatives")
         refuse_unknown_device(self.device)
+        refuse_address_alone(self.guide)
         refuse_options_of_other_guides(self, self.guide)
         if guide_kind(self.guide) == "server" and not self.guide_model:
             raise ConfigError(f"--guide-model is needed with --guide {self.guide}: what the server calls the model")

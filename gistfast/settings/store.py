@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gistfast.errors import ConfigError
-from gistfast.guides.kinds import refuse_options_of_other_guides
+from gistfast.guides.kinds import refuse_address_alone, refuse_options_of_other_guides
 from gistfast.settings.base import Settings, argument, column_names, refuse_unknown_device, setting, vector_places
 
 
@@ -66,6 +66,7 @@ class StoreRepairSettings(Settings):
         if self.source is None and (self.columns or self.subset or self.split or self.revision):
             raise ConfigError("--columns, --subset, --split and --revision belong to --source: give it, too")
         if self.guide is not None:
+            refuse_address_alone(self.guide)
             refuse_options_of_other_guides(self, self.guide)
         refuse_unknown_device(self.device)
 
