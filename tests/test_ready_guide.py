@@ -209,11 +209,14 @@ def test_row_without_a_text_is_named(tmp_path: Path) -> None:
         ({"title": "embedding"}, "has no column 'title', it has text, embedding, short, number: mend --vectors"),
         ({"text": "vec"}, "has no column 'vec', it has text, embedding, short, number: mend --vectors"),
         ({"text": "number"}, "column 'number' holds int64, expected lists of floats: name another with --vectors"),
-        ({"text": "nothing.npy"}, "nothing.npy is not a readable .npy file"),
-        ({"text": "few.npy"}, "has 23 texts in 'text' and 3 vectors for them: expected one for each row"),
+        ({"text": "nothing.npy"}, "nothing.npy is not there: expected a .npy file of vectors, mend --vectors"),
+        (
+            {"text": "few.npy"},
+            "has 23 texts in 'text' and 3 vectors for them: expected one for each row: save them",
+        ),
         ({"text": "flat.npy"}, r"flat.npy holds float32 of shape \(8,\), expected floats of shape \(texts, width\)"),
         ({"text": "whole.npy"}, r"whole.npy holds int64 of shape \(3, 8\), expected floats"),
-        ({"text": "objects.npy"}, r"objects.npy is not a readable .npy file"),
+        ({"text": "objects.npy"}, r"objects.npy is not a readable .npy file \(.*Python objects.*\): save floats"),
         ({"text": "embedding", "short": "short.npy"}, r"has vectors \[4, 8\] wide, expected one width"),
     ],
 )
@@ -249,7 +252,7 @@ def test_vectors_within_json_are_refused(tmp_path: Path) -> None:
 def test_damaged_file_gives_one_line(tmp_path: Path) -> None:
     source = Path(write(tmp_path / "v.parquet", text=TEXTS, embedding=lists(vectors_of(TEXTS))))
     source.write_bytes(source.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"v\.parquet is not a readable Parquet file") as refusal:
+    with pytest.raises(DataError, match=r"v\.parquet is not a readable Parquet file \(.*\): restore it") as refusal:
         load_ready_guide(str(source))
     assert "\n" not in str(refusal.value)
 

@@ -98,7 +98,7 @@ def load_ready_guide(
         if own.num_rows != places.num_rows:
             raise DataError(
                 f"{description} has {places.num_rows} texts in {column!r} and {own.num_rows} vectors for them: "
-                "expected one for each row"
+                "expected one for each row: save them again, in the order of the rows"
             )
     joined = JoinedVectors(list(opened.values()))
     _refuse_conflicts(places, joined, files, list(opened))

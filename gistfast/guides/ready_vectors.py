@@ -86,8 +86,13 @@ class NpyVectors:
         self._path = path
         try:
             self._array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError as error:
+            raise DataError(f"{path} is not there: expected a .npy file of vectors, mend --vectors") from error
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} is not a readable .npy file: {first_line(error)}") from error
+            raise DataError(
+                f"{path} is not a readable .npy file ({first_line(error)}): save floats of shape (texts, width) "
+                "by numpy.save"
+            ) from error
         array = self._array
         if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or not array.size:
             found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive"
@@ -246,7 +251,7 @@ def _metadata_of(path: Path, column: str) -> pq.FileMetaData:
         with pq.ParquetFile(path) as file:
             kind, metadata = file.schema_arrow.field(column).type, file.metadata
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path.name} is not a readable Parquet file: {first_line(error)}") from error
+        raise DataError(f"{path.name} is not a readable Parquet file ({first_line(error)}): restore it") from error
     lists = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     is_list = pa.types.is_list(lists) or pa.types.is_large_list(lists) or pa.types.is_fixed_size_list(lists)
     if not is_list or not pa.types.is_floating(lists.value_type):
