@@ -12,6 +12,9 @@ GistfastError
 └── WorkerError      worker processes died, or a cluster cannot be reached
 """
 
+import argparse
+from typing import NoReturn
+
 
 class GistfastError(Exception):
     """Anything that gistfast refuses, said in one line.
@@ -62,3 +65,11 @@ class WorkerError(GistfastError):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its kind when it says nothing."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reads the options of a benchmark; what it cannot read is refused in one line, as the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2, saying what is wrong and where the options are listed."""
+        self.exit(2, f"gistfast: {message}: `{self.prog} --help` lists what there is\n")

@@ -503,6 +503,15 @@ def test_comparison_prints_a_line_for_each_way(store: GuideStore, capsys: pytest
     assert padding["length"] < padding["random"]
 
 
+def test_comparison_of_no_store_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        compare_main([str(tmp_path)])
+    assert left.value.code == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"gistfast: {tmp_path} has no store.json: make a guide store with `gistfast precompute`\n"
+
+
 def test_benchmark_prints_a_line_for_each_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_main(["--rows", "1000"]) == 0
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Literal
 
 import pytest
@@ -170,6 +171,39 @@ def test_missing_option_is_named() -> None:
     result = CliRunner().invoke(app, ["precompute", "pairs.jsonl", "--out", "store"])
     assert result.exit_code == 2
     assert "--guide is needed" in result.output + result.stderr
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "gistfast.batches.bench",
+        "gistfast.batches.compare",
+        "gistfast.engines.bench",
+        "gistfast.guides.bench",
+        "gistfast.stages.memory_bench",
+        "gistfast.store.bench",
+        "gistfast.training.bench",
+    ],
+)
+def test_option_that_a_benchmark_does_not_have_is_refused_in_one_line(
+    module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Asked for its store first.
+    store = ["store"] if module == "gistfast.batches.compare" else []
+    with pytest.raises(SystemExit) as left:
+        import_module(module).main([*store, "--no-such"])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert said == f"gistfast: unrecognized arguments: --no-such: `python -m {module} --help` lists what there is\n"
+
+
+def test_value_that_a_benchmark_cannot_read_is_refused_in_one_line() -> None:
+    result = CliRunner().invoke(app, ["bench", "gather", "--repeats", "many"])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "gistfast: argument --repeats: invalid int value: 'many': "
+        "`python -m gistfast.store.bench --help` lists what there is\n"
+    )
 
 
 @pytest.mark.parametrize("arguments", ["", *COMMANDS, "store", "bench", "bench loss", "bench gather", "bench step"])

@@ -1,6 +1,5 @@
 """How long an epoch's batches take, and in how much memory: `python -m gistfast.batches.bench`."""
 
-import argparse
 import sys
 import time
 import tracemalloc
@@ -9,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gistfast.batches.samplers import ClusterBatchSampler, EvenBatchSampler, LengthBatchSampler, TaskBatchSampler
+from gistfast.errors import OneLineParser
 
 
 def samplers_of(num_rows: int, batch_size: int) -> dict[str, EvenBatchSampler]:
@@ -27,7 +27,7 @@ def samplers_of(num_rows: int, batch_size: int) -> dict[str, EvenBatchSampler]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print seconds and peak memory for each way; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m gistfast.batches.bench", description=__doc__)
+    parser = OneLineParser(prog="python -m gistfast.batches.bench", description=__doc__)
     parser.add_argument("--rows", type=int, default=10_000_000, help="rows (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="rows of a batch (default: %(default)s)")
     options = parser.parse_args(argv)

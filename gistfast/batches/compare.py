@@ -3,7 +3,6 @@
 Shapes: B rows of a batch, G guide width.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from gistfast.batches.choice import Batching, StoreBatches
 from gistfast.batches.orders import Array
-from gistfast.errors import GistfastError
+from gistfast.errors import GistfastError, OneLineParser
 from gistfast.store import GuideStore
 
 
@@ -106,21 +105,21 @@ def _scores(store: GuideStore, ids: Array) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line for each way; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m gistfast.batches.compare", description=__doc__)
+    parser = OneLineParser(prog="python -m gistfast.batches.compare", description=__doc__)
     parser.add_argument("store", help="folder of the guide store")
     parser.add_argument("--batch-size", type=int, default=64, help="rows of a batch (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=100, help="batches to look at (default: %(default)s)")
     parser.add_argument("--clusters", type=int, help="clusters (default: of eight batches each)")
     options = parser.parse_args(argv)
     names = [field.name for field in fields(Meetings)]
-    print(f"{'batching':10}", *(f"{name:>16}" for name in names))
     try:
         store = GuideStore.open(options.store)
+        print(f"{'batching':10}", *(f"{name:>16}" for name in names))
         chosen = {"batch_size": options.batch_size, "num_batches": options.batches, "clusters": options.clusters}
         for name, found in compare(store, **chosen):
             print(f"{name:10}", *(f"{_written(getattr(found, column)):>16}" for column in names))
     except GistfastError as error:
-        parser.error(str(error))
+        parser.exit(1, f"gistfast: {error}\n")
     return 0
 
 

@@ -4,7 +4,6 @@ Reads a million short rows into a store, writes and checks one shard of vectors,
 billion texts of which half is embedded, as a worker does that goes on with it.
 """
 
-import argparse
 import platform
 import resource
 import sys
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gistfast.engines.claims import claim
+from gistfast.errors import OneLineParser
 from gistfast.rows.dataset import read_rows
 from gistfast.store import StoreWriter
 from gistfast.store.bench import GUIDE, vectors_of
@@ -113,7 +113,7 @@ def report(folder: Path, num_rows: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m gistfast.engines.bench", description=__doc__)
+    parser = OneLineParser(prog="python -m gistfast.engines.bench", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows to read in (default: %(default)s)")
     parser.add_argument("--folder", help="where the temporary folder is made (default: the system's)")
     options = parser.parse_args(argv)

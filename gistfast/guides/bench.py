@@ -6,7 +6,6 @@ which sorts by characters, and the guide as `gistfast precompute` runs it, each 
 first; wrong ones give no figures.
 """
 
-import argparse
 import platform
 import random
 import sys
@@ -23,6 +22,7 @@ from sentence_transformers import SentenceTransformer
 
 from gistfast.demo.docstrings import docstrings_in
 from gistfast.demo.models import demo_guide
+from gistfast.errors import OneLineParser
 from gistfast.guides.batch_done import BatchDone
 from gistfast.guides.directions import Vectors
 from gistfast.guides.guide import ModelGuide, load_guide
@@ -169,7 +169,7 @@ def _spread(values: "np.ndarray[Any, Any]", form: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m gistfast.guides.bench", description=__doc__)
+    parser = OneLineParser(prog="python -m gistfast.guides.bench", description=__doc__)
     parser.add_argument("--guide", help="folder or hub id (default: all-MiniLM-L6-v2, from gistfast[demo])")
     parser.add_argument("--texts", type=int, default=1000, help="texts to embed (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds to time (default: %(default)s)")

@@ -6,7 +6,6 @@ was loaded: memory of its own, and apart from it the pages of files that it has 
 when others need them.
 """
 
-import argparse
 import sys
 import tempfile
 import threading
@@ -24,6 +23,7 @@ import torch
 
 from gistfast.demo.data import wordnet_pairs
 from gistfast.demo.models import demo_guide
+from gistfast.errors import OneLineParser
 from gistfast.guides.batch_done import BatchDone, OnBatch
 from gistfast.guides.directions import Vectors
 from gistfast.guides.guide import ModelGuide, load_guide
@@ -163,7 +163,7 @@ def resume(**options: Any) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print peaks, time to the first vectors of the resumed run, and the rate; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m gistfast.stages.memory_bench", description=__doc__)
+    parser = OneLineParser(prog="python -m gistfast.stages.memory_bench", description=__doc__)
     parser.add_argument("--texts", type=int, default=200_000, help="distinct texts (default: %(default)s)")
     parser.add_argument("--index", default="none", help="as of precompute (default: %(default)s)")
     parser.add_argument("--folder", help="where the temporary folder is made (default: the system's)")

@@ -4,7 +4,6 @@ Writes a store of 1 GiB (8 shards of 65,536 vectors of 1024 fp16 numbers) into a
 what is gathered is what was written, and times the gathering of 4096 random rows.
 """
 
-import argparse
 import platform
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from gistfast.errors import OneLineParser
 from gistfast.rows.dataset import read_rows
 from gistfast.store import GuideInfo, GuideStore, StoreWriter
 from gistfast.store.manifest import ROWS_PER_SHARD
@@ -81,7 +81,7 @@ def measure(store: GuideStore, repeats: int) -> list[float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print rows per second: median, 20th and 80th percentile; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m gistfast.store.bench", description=__doc__)
+    parser = OneLineParser(prog="python -m gistfast.store.bench", description=__doc__)
     parser.add_argument("--repeats", type=int, default=500, help="gathers to time (default: %(default)s)")
     parser.add_argument("--folder", help="where the temporary folder is made (default: the system's)")
     options = parser.parse_args(argv)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from gistfast.demo.models import demo_guide
-from gistfast.errors import GistfastError
+from gistfast.errors import GistfastError, OneLineParser
 from gistfast.training.bench_contenders import OURS, Task
 from gistfast.training.bench_measure import Found, measure_runs, measure_steps
 from gistfast.training.bench_quality import measure_quality, show_quality
@@ -84,7 +84,7 @@ CASES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table for each case; the exit code."""
     names = [case.name for case in CASES]
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m gistfast.training.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
