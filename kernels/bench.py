@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gistfast.errors import OneLineParser
+
 if TYPE_CHECKING:
     import torch
 
@@ -34,8 +36,8 @@ DEFAULT_OUT = Path("docs/benchmarks")
 
 def parser() -> argparse.ArgumentParser:
     """The options; kept free of heavy imports so that --help answers at once."""
-    parser = argparse.ArgumentParser(
-        prog="gistfast bench loss", description=__doc__.split("\n\n")[0] if __doc__ else None
+    parser = OneLineParser(
+        prog="python -m gistfast.kernels.bench", description=__doc__.split("\n\n")[0] if __doc__ else None
     )
     numbers: dict[str, Any] = {"type": int, "nargs": "+"}
     parser.add_argument(
