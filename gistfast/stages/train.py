@@ -21,8 +21,8 @@ from gistfast.students.lora import has_lora, merged, save_adapter
 from gistfast.training.begin import load, num_steps, open_run
 from gistfast.training.best import best_step, out_of_patience
 from gistfast.training.callbacks import (
-    KeepAfterStep,
     MetricsFile,
+    RemoveSetAside,
     StepProgress,
     StopOnInterrupt,
     choose_trackers,
@@ -129,7 +129,7 @@ def _undone_before_its_first_step(run: RunFolder, ranks: Ranks) -> Iterator[None
         yield
     except BaseException:
         if ranks.first:
-            run.undo()
+            run.set_aside.restore()
         raise
 
 
@@ -181,7 +181,7 @@ def _take_steps(
         KeyboardInterrupt: After Ctrl-C, when a checkpoint was saved.
     """
     trainer.add_callback(MetricsFile(run.metrics))
-    trainer.add_callback(KeepAfterStep(run))
+    trainer.add_callback(RemoveSetAside(run))
     with StepProgress() as bar, StopOnInterrupt(ranks) as stop, no_weight_bar(), without_their_warnings():
         trainer.add_callback(bar)
         trainer.add_callback(stop)

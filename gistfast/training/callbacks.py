@@ -82,7 +82,7 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
-class KeepAfterStep(TrainerCallback):
+class RemoveSetAside(TrainerCallback):
     """Removes what the run replaces as soon as it has taken a step."""
 
     def __init__(self, run: RunFolder) -> None:
@@ -91,7 +91,7 @@ class KeepAfterStep(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remove it."""
         if state.is_world_process_zero:
-            self.run.keep()
+            self.run.set_aside.remove()
 
 
 class StepProgress(TrainerCallback):

@@ -15,7 +15,7 @@ OUT/
 import errno
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from gistfast.errors import ConfigError, GistfastError
 from gistfast.settings.stages import TrainSettings, to_dict
 from gistfast.store.files import one_line_write_errors, write_json
+from gistfast.training.set_aside import SetAside
 from gistfast.training.store_change import stores_difference
 
 if TYPE_CHECKING:
@@ -88,9 +89,9 @@ class RunFolder:
         return self.path / "report.json"
 
     @property
-    def replaced(self) -> Path:
-        """What lay here before a run began, until that has taken a step."""
-        return self.path / "replaced"
+    def set_aside(self) -> SetAside:
+        """What lay here before a run began."""
+        return SetAside(self.path)
 
     def check(self, record: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that the run must not write to; changes nothing.
@@ -147,34 +148,8 @@ class RunFolder:
         with one_line_write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if overwrite or not self.record_path.is_file():
-                self._set_aside()
+                self.set_aside.begin()
         write_json(self.record_path, record)
-
-    def _set_aside(self) -> None:
-        found = list(self.path.iterdir())
-        if self.replaced in found:
-            # Beside it lies a run that was killed before its first step.
-            _remove(path for path in found if path != self.replaced)
-            return
-        self.replaced.mkdir()
-        for path in found:
-            path.rename(self.replaced / path.name)
-
-    def keep(self) -> None:
-        """Remove what was set aside: the run has taken a step."""
-        if self.replaced.is_dir():
-            shutil.rmtree(self.replaced)
-
-    def undo(self) -> None:
-        """Leave the folder as it was found, if the run has taken no step."""
-        if not self.replaced.is_dir():
-            return
-        _remove(path for path in self.path.iterdir() if path != self.replaced)
-        for path in self.replaced.iterdir():
-            path.rename(self.path / path.name)
-        self.replaced.rmdir()
-        if next(self.path.iterdir(), None) is None:
-            self.path.rmdir()
 
     def check_seen(self) -> None:
         """Refuse a folder in which the record that another process wrote is not to be seen.
@@ -220,14 +195,6 @@ def _is_whole(path: Path) -> bool:
         return isinstance(json.loads(path.read_bytes()), dict)
     except ValueError:
         return False
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def step_of(checkpoint: Path | None) -> int:
