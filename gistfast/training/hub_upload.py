@@ -32,8 +32,7 @@ _FAILURES: tuple[Any, ...] = (OSError, RuntimeError, ValueError, *HfHubHTTPError
 
 _FIRST_WAIT_S = 5.0
 _LONGEST_WAIT_S = 300.0
-# At the end of a run: between two tries, and in all.
-_ENDING_WAIT_S = 5.0
+# For what is not uploaded at the end of a run.
 _LAST_WAIT_S = 300.0
 
 
@@ -53,7 +52,7 @@ class HubUpload:
         self._first_wait_s = first_wait_s
         self._offered: tuple[Path, str] | None = None
         self._busy = False
-        self._ending = False
+        self._failures = 0
         # Guards what stands above, and tells of every change.
         self._changed = threading.Condition()
         threading.Thread(target=self._work, name="gistfast-hub", daemon=True).start()
@@ -67,8 +66,8 @@ class HubUpload:
     def finish(self, at_most_s: float) -> bool:
         """Wait until everything is uploaded, but not for ever; whether it is."""
         with self._changed:
-            # What waits for its next try is tried now.
-            self._ending = True
+            # What waits for its next try is tried now, and soon again.
+            self._failures = 0
             self._changed.notify_all()
             done = self._changed.wait_for(lambda: self._offered is None and not self._busy, at_most_s)
         if not done:
@@ -76,22 +75,20 @@ class HubUpload:
         return done
 
     def _work(self) -> None:
-        failures = 0
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._offered is not None)
                 assert self._offered is not None
                 (folder, message), self._offered, self._busy = self._offered, None, True
             error = self._try(folder, message)
-            failures = 0 if error is None else failures + 1
             with self._changed:
+                self._failures = 0 if error is None else self._failures + 1
                 self._busy = False
                 if error is not None and self._offered is None and folder.is_dir():
                     self._offered = (folder, message)
                 self._changed.notify_all()
                 if error is not None:
-                    longest_s = _ENDING_WAIT_S if self._ending else _LONGEST_WAIT_S
-                    wait_s = min(self._first_wait_s * 2.0 ** (failures - 1), longest_s)
+                    wait_s = min(self._first_wait_s * 2.0 ** (self._failures - 1), _LONGEST_WAIT_S)
                     logger.warning("upload to %s failed (%s): next try in %.0f s", self.repo, error, wait_s)
                     self._changed.wait(wait_s)
 
