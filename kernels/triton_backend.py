@@ -279,14 +279,14 @@ def _stack_role(
 def _own_products(
     left_ptr, right_ptr, anchor, positive, inside, FIRST: tl.constexpr, END: tl.constexpr, STRIDE: tl.constexpr
 ):
-    """Products of anchors and positives over one part of the stack, summed chunk by chunk."""
-    products = tl.zeros(anchor.shape, tl.float32)
+    """Products of anchors and positives over one part of the stack, summed in 64 chains: longer ones lose digits."""
+    products = tl.zeros((anchor.shape[0], 64), tl.float32)
     for first in range(FIRST, END, 64):
         k = first + tl.arange(0, 64)
         a = tl.load(left_ptr + anchor[:, None] * STRIDE + k[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
         p = tl.load(right_ptr + positive[:, None] * STRIDE + k[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-        products += tl.sum(a * p, 1)
-    return products
+        products += a * p
+    return tl.sum(products, 1)
 
 
 @triton.jit

@@ -48,8 +48,8 @@ def assert_same(first: Outcome, second: Outcome) -> None:
 @every_dtype
 @pytest.mark.parametrize(
     ("num_anchors", "num_negatives", "width", "guide_width"),
-    [(1, 0, 24, 16), (2, 1, 8, 16), (13, 5, 100, 64), (5, 129, 7, 16), (129, 37, 65, 16)],
-    ids=["one row", "two rows", "primes", "one negative past a tile", "one row past a tile"],
+    [(1, 0, 24, 16), (2, 1, 8, 16), (13, 5, 100, 64), (5, 129, 7, 16), (129, 37, 65, 16), (29, 11, 1024, 768)],
+    ids=["one row", "two rows", "primes", "one negative past a tile", "one row past a tile", "wide"],
 )
 def test_error_is_no_larger_than_eagers(
     dtype: torch.dtype, num_anchors: int, num_negatives: int, width: int, guide_width: int
