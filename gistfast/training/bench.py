@@ -65,7 +65,7 @@ class Case:
 _HOLDOUT = 0.1
 
 _LIVE = ("mnrl", "gist", "cached gist", "gistfast")
-_LARGE = ("cached gist", "gistfast cached", "gistfast tolerance 0.05")
+_LARGE = ("cached gist", "gistfast cached", "gistfast unbiased 0.05", "gistfast tolerance 0.05")
 _WAYS = ("gistfast padded", "gistfast compiled", "gistfast")
 CASES = (
     Case("mixed-64", 64, _LIVE, steps=5),

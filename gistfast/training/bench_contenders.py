@@ -40,6 +40,7 @@ OURS: dict[str, dict[str, Any]] = {
     "gistfast compiled": {"compile": True},
     "gistfast cached": {"cached": True},
     "gistfast tolerance 0.05": {"cached": True, "replay_tolerance": 0.05},
+    "gistfast unbiased 0.05": {"cached": True, "replay_tolerance": 0.05, "replay_unbiased": True},
 }
 
 
