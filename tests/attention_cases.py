@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from torch import Tensor
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+from gistfast.models import packed_attention
 from gistfast.students.input import InputForm, TextSet, input_form, text_set
 from gistfast.students.packed import pack
 from gistfast.students.student import set_dropout
@@ -42,6 +46,25 @@ def make_encoder(name: str, folder: Path, tokenizer: Any, **config: Any) -> Path
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_t5(folder: Path, guide_folder: Path) -> Path:
+    """An encoder whose attention has a bias for positions, with the guide's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(guide_folder)
+    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def let_texts_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let packed attention on a CPU take all texts of a row for one."""
+    text_by_text = packed_attention._text_by_text
+
+    def one_text(query: Tensor, key: Tensor, value: Tensor, texts: Any, *rest: Any) -> Tensor:
+        return text_by_text(query, key, value, texts._replace(bounds=texts.bounds[[0, -1]]), *rest)
+
+    monkeypatch.setattr(packed_attention, "_text_by_text", one_text)
 
 
 def make_student(

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention_cases import ENCODERS, TEXTS, forms
+from attention_cases import ENCODERS, TEXTS, forms, let_texts_see_each_other, make_t5
 from attention_cases import make_student as new_student
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor
 from torch.nn.attention import varlen
 from train_cases import ROWS, steps, train_small
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers import AutoTokenizer
 
 from gistfast.errors import ConfigError, ModelError
 from gistfast.models import packed_attention
@@ -206,11 +206,7 @@ def test_student_with_attention_of_its_own_takes_padded_texts(
 def test_student_with_a_bias_for_positions_takes_padded_texts(
     choose: Any, guide_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(guide_folder)
-    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    T5EncoderModel(config).save_pretrained(tmp_path / "t5")
-    tokenizer.save_pretrained(tmp_path / "t5")
-    modules = [Transformer(str(tmp_path / "t5"), max_seq_length=32), Pooling(16)]
+    modules = [Transformer(str(make_t5(tmp_path / "t5", guide_folder)), max_seq_length=32), Pooling(16)]
     student = SentenceTransformer(modules=modules, device="cpu")
     assert refused(choose, student, caplog)
     assert student[0].model.config._attn_implementation == "sdpa"
@@ -224,12 +220,7 @@ def test_packed_passes_that_are_wrong_are_not_taken(
 ) -> None:
     student = make_student()
     before = student.encode(TEXTS)
-    all_texts = partial(packed_attention._text_by_text)
-
-    def one_text(query: Tensor, key: Tensor, value: Tensor, texts: Any, *rest: Any) -> Tensor:
-        return all_texts(query, key, value, texts._replace(bounds=texts.bounds[[0, -1]]), *rest)
-
-    monkeypatch.setattr(packed_attention, "_text_by_text", one_text)
+    let_texts_see_each_other(monkeypatch)
     assert refused(choose, student, caplog).startswith("its vectors are off by ")
     np.testing.assert_array_equal(student.encode(TEXTS), before)
 

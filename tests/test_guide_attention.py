@@ -2,18 +2,17 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from attention_cases import ENCODERS, TEXTS, make_encoder
+from attention_cases import ENCODERS, TEXTS, let_texts_see_each_other, make_encoder, make_t5
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
 from torch import Tensor
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers import AutoTokenizer
 
 from gistfast.errors import ConfigError
 from gistfast.guides import attention
@@ -216,22 +215,13 @@ def test_guide_with_attention_of_its_own_takes_padded_texts(
 def test_guide_with_a_bias_for_positions_takes_padded_texts(
     choose: Any, guide_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(guide_folder)
-    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    T5EncoderModel(config).save_pretrained(tmp_path / "t5")
-    tokenizer.save_pretrained(tmp_path / "t5")
-    assert refused(choose, str(tmp_path / "t5"), caplog)
+    assert refused(choose, str(make_t5(tmp_path / "t5", guide_folder)), caplog)
 
 
 def test_packed_passes_that_are_wrong_are_not_taken(
     choose: Any, encoder: MakeEncoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = partial(packed_attention._text_by_text)
-
-    def one_text(query: Tensor, key: Tensor, value: Tensor, texts: Any, *rest: Any) -> Tensor:
-        return right(query, key, value, texts._replace(bounds=texts.bounds[[0, -1]]), *rest)
-
-    monkeypatch.setattr(packed_attention, "_text_by_text", one_text)
+    let_texts_see_each_other(monkeypatch)
     assert refused(choose, encoder("Bert"), caplog).startswith("its vectors are off by ")
 
 
@@ -256,14 +246,7 @@ def test_error_of_the_architecture_is_the_reason(
 def test_texts_that_see_each_other_are_noticed_in_half_precision(
     choose: Any, encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = packed_attention._text_by_text
-    monkeypatch.setattr(
-        packed_attention,
-        "_text_by_text",
-        lambda query, key, value, texts, *rest: right(
-            query, key, value, texts._replace(bounds=texts.bounds[[0, -1]]), *rest
-        ),
-    )
+    let_texts_see_each_other(monkeypatch)
     with pytest.raises(ConfigError, match=r"its vectors are off by .*, rounding is up to 0\.\d+$"):
         choose(encoder("Bert"), "unpadded", dtype="bfloat16")
 

@@ -160,6 +160,7 @@ def guided_contrastive_loss(  # type: ignore[misc]
         scalar = torch.full((), temperature, dtype=wide, device=anchor.device)
     layout = Layout(len(anchor), 0 if negative is None else len(negative), contrast_anchors, contrast_positives)
     relative, mean = margin_strategy == "relative", reduction == "mean"
+    chunk_bytes = 0 if chunk_mib is None else int(chunk_mib * 2**20)
     try:
         if chosen == "reference":
             losses, kept, hardest = _reference(
@@ -175,7 +176,7 @@ def guided_contrastive_loss(  # type: ignore[misc]
                 guide_widths=widths, guide_min=guide_score == "min", half=torch.is_autocast_enabled(anchor.device.type),
                 lowest_temperature=0.0 if isinstance(temperature, Tensor) else float(temperature),
                 with_gradients=wanted and mean, learn_temperature=scalar.requires_grad,
-                mean=mean, chunk_bytes=0 if chunk_mib is None else int(chunk_mib * 2**20), backend=chosen,
+                mean=mean, chunk_bytes=chunk_bytes, backend=chosen,
             )  # fmt: skip
             loss, kept, hardest = operator.guided_contrastive(students, guides, ids, scalar, settings)
     except operator.UnusableVectorError as error:
@@ -185,7 +186,7 @@ def guided_contrastive_loss(  # type: ignore[misc]
         terms = triplet_terms(
             students, guides, ids, kind=triplet, triplet_margin=triplet_margin, margin=margin, relative=relative,
             contrast_anchors=contrast_anchors, guide_widths=widths, lowest=guide_score == "min",
-            row_offset=row_offset, num_rows=num_rows, chunk_bytes=0 if chunk_mib is None else int(chunk_mib * 2**20),
+            row_offset=row_offset, num_rows=num_rows, chunk_bytes=chunk_bytes,
         )  # fmt: skip
         loss = loss + (terms.mean() if mean else terms)
     if not return_stats:

@@ -39,10 +39,7 @@ class Matryoshka:
         """
         losses = {width: contrast(columns[..., :width]) for width in self.weights}
         terms = [weight * losses[width] for width, weight in self.weights.items()]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return total, {f"loss_at/{width}": loss.detach() for width, loss in losses.items()}
+        return sum(terms[1:], start=terms[0]), {f"loss_at/{width}": loss.detach() for width, loss in losses.items()}
 
 
 def matryoshka(own_width: int, dims: Sequence[int], weights: Sequence[float]) -> Matryoshka:

@@ -55,6 +55,13 @@ def dropped_share(kept: Tensor, layout: Layout, num_rows: int) -> dict[str, Tens
     return shares
 
 
+def unit_vectors(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The vectors at length 1, in a dtype; differentiable."""
+    vectors = vectors.to(dtype)
+    unit: Tensor = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return unit
+
+
 def positive_score(anchor: Tensor, positive: Tensor, row_offset: int, num_rows: int) -> Tensor:
     """The cosine of each row's anchor and positive, (R,), without a gradient.
 
@@ -66,7 +73,6 @@ def positive_score(anchor: Tensor, positive: Tensor, row_offset: int, num_rows: 
     """
     rows = slice(row_offset, row_offset + num_rows)
     columns = [anchor, positive]
-    wide = [column[rows].detach().to(wide_dtype(columns)) for column in columns]
-    one, other = (column / torch.linalg.vector_norm(column, dim=1, keepdim=True) for column in wide)
+    one, other = (unit_vectors(column[rows].detach(), wide_dtype(columns)) for column in columns)
     score: Tensor = torch.linalg.vecdot(one, other)
     return score

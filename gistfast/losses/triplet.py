@@ -26,6 +26,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from gistfast.kernels.fused import each_guide, wide_dtype
+from gistfast.losses.stats import unit_vectors
 
 Triplet = Literal["soft", "hard"]
 
@@ -111,10 +112,11 @@ def triplet_terms(
         return torch.cat([*roles[1:], *([roles[0]] if contrast_anchors else [])])
 
     with torch.autocast(students[0].device.type, enabled=False):
-        unit = [_unit(role, wide_dtype(students)) for role in students]
+        unit = [unit_vectors(role, wide_dtype(students)) for role in students]
         looks, seen = unit[0][rows], candidates(unit)
         with torch.no_grad():
-            of_guides = [[_unit(role, wide_dtype(guides)) for role in one] for one in _each(guides, guide_widths)]
+            of_each = each_guide(guides, guide_widths).values()
+            of_guides = [[unit_vectors(role, wide_dtype(guides)) for role in roles] for roles in of_each]
             judge = Judge(
                 looks=[one[0][rows] for one in of_guides],
                 seen=[candidates(one) for one in of_guides],
@@ -157,16 +159,6 @@ def _terms(looks: Tensor, seen: Tensor, judge: Judge, rows: slice, kind: Triplet
 def _shares(chosen: Tensor, dtype: torch.dtype) -> Tensor:
     """One over the number of those chosen in each row, where they are."""
     return chosen.to(dtype) / chosen.sum(1, keepdim=True).clamp_min(1)
-
-
-def _unit(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    vectors = vectors.to(dtype)
-    unit: Tensor = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return unit
-
-
-def _each(guides: Sequence[Tensor], widths: Sequence[int]) -> list[list[Tensor]]:
-    return list(each_guide(guides, widths).values())
 
 
 def _threshold(of_guides: Sequence[list[Tensor]], rows: slice, margin: float, relative: bool, lowest: bool) -> Tensor:

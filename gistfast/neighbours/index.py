@@ -21,7 +21,7 @@ from gistfast.neighbours.index_build import IndexBuilder, write_index
 from gistfast.neighbours.index_recall import tune
 from gistfast.neighbours.index_types import IndexKind, IndexPlan, plan_index
 from gistfast.store import GuideStore
-from gistfast.store.files import file_checksum, fingerprint_of, one_line_write_errors, read_json, write_json
+from gistfast.store.files import changed_bytes, fingerprint_of, one_line_write_errors, read_json, write_json
 from gistfast.store.shards import ADVICE, read_commit
 
 logger = logging.getLogger(__name__)
@@ -209,9 +209,7 @@ def file_problem(path: Path, report: IndexReport, *, deep: bool) -> str | None:
     if size != report.bytes:
         found = "is missing" if size is None else f"has {size} bytes, expected {report.bytes}"
         return f"{path} {found}: {ADVICE}"
-    if deep and file_checksum(path) != report.xxh3_128:
-        return f"{path} was changed after it was written (its checksum differs): {ADVICE}"
-    return None
+    return changed_bytes(path, report.xxh3_128, ADVICE) if deep else None
 
 
 def _index_to_extend(faiss: Any, store: GuideStore, plan: IndexPlan) -> tuple[Any, int] | None:

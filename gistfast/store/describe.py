@@ -36,6 +36,7 @@ def describe_store(path: str | Path) -> dict[str, Any]:
     plan = under_way or manifest
     store = GuideStore(folder, manifest)
     index, mined = read_report(store), mined_info(folder, store.fingerprint)
+    replacement = replacement_of(folder)
     return {
         "path": str(folder),
         "format_version": manifest.format_version,
@@ -49,7 +50,7 @@ def describe_store(path: str | Path) -> dict[str, Any]:
         "mined": None if mined is None else asdict(mined),
         "shards": {kind: _progress(folder, kind, plan) for kind in plan.kinds},
         "to_come": _to_come(manifest, plan) if plan != manifest else None,
-        "replacement": str(replacement_of(folder)) if is_store(replacement_of(folder)) else None,
+        "replacement": str(replacement) if is_store(replacement) else None,
     }
 
 

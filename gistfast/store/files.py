@@ -169,6 +169,22 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def changed_bytes(path: Path, checksum: str, advice: str) -> str | None:
+    """What is wrong with a file that is not what was written, all of it read; None when nothing is.
+
+    Args:
+        path: The file.
+        checksum: Of what was written.
+        advice: What to do.
+
+    Raises:
+        OSError: When it cannot be read.
+    """
+    if file_checksum(path) == checksum:
+        return None
+    return f"{path} was changed after it was written (its checksum differs): {advice}"
+
+
 class ChecksumWriter:
     """A file to write to that counts and hashes what passes through."""
 

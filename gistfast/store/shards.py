@@ -17,9 +17,9 @@ import torch
 from gistfast.errors import StoreError
 from gistfast.store.files import (
     ChecksumWriter,
+    changed_bytes,
     create_json,
     durable_file,
-    file_checksum,
     new_token,
     one_line_write_errors,
     read_json,
@@ -214,9 +214,8 @@ def refuse_other_bytes(store: Path, commit: Commit) -> None:
     Raises:
         StoreError: When it is missing, or has another size or checksum.
     """
-    path = shard_path(store, commit)
-    if file_checksum(path) != commit.xxh3_128:
-        raise StoreError(f"{path} was changed after it was written (its checksum differs): {ADVICE}")
+    if problem := changed_bytes(shard_path(store, commit), commit.xxh3_128, ADVICE):
+        raise StoreError(problem)
 
 
 def open_shard(store: Path, commit: Commit) -> Shard:

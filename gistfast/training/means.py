@@ -16,10 +16,12 @@ class StepMeans:
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add the values of a step, scalar tensors; NaN stands for a value that the step does not have."""
-        for name, value in values.items():
-            value = value.detach().float()
-            # Of the value and of the steps; nothing waits for the device.
-            entry = torch.stack([value, torch.ones_like(value)]).where(~value.isnan(), 0)
+        if not values:
+            return
+        stack = torch.stack([value.detach().float() for value in values.values()])
+        # Of the values and of the steps; nothing waits for the device.
+        entries = torch.stack([stack, torch.ones_like(stack)], dim=1).where(~stack.isnan()[:, None], 0)
+        for name, entry in zip(values, entries, strict=True):
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def take(self) -> dict[str, float]:
