@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from train_cases import ROWS, same_weights, steps
 
@@ -26,13 +27,19 @@ def start(store: Path, student: Path, out: Path, *options: str) -> "subprocess.P
 
 
 def kill_after_a_checkpoint(process: "subprocess.Popen[bytes]", run: RunFolder, draw: random.Random) -> int:
-    """Kill the process some time after it has saved a checkpoint that was not there before; its exit code."""
+    """Kill the process some time after it has saved a checkpoint that was not there before; its exit code.
+
+    None of the processes that it made outlives it.
+    """
     before = step_of(run.last_checkpoint())
     while step_of(run.last_checkpoint()) == before and process.poll() is None:
         time.sleep(0.01)
     time.sleep(draw.uniform(0, 0.05))
+    made = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.send_signal(signal.SIGKILL)
-    return process.wait()
+    code = process.wait()
+    assert psutil.wait_procs(made, timeout=60)[1] == []
+    return code
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ Shapes: N ids, R rows, C columns, G guide width.
 
 import math
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +18,7 @@ from gistfast.store.mined import Mined, mined_info, read_mined
 from gistfast.store.plan import missing_vectors, read_finished
 from gistfast.store.replace import replacement_of
 from gistfast.store.shards import Shard, pending_shards, read_shard
-from gistfast.store.texts import Texts
+from gistfast.store.texts import Texts, by_shard
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +31,7 @@ class GuideStore:
     """A finished guide store, open for reading; made by `GuideStore.open`.
 
     It pickles as its path and manifest and travels to the workers of a loader, where it is the same store, whatever was
-    appended since.
+    appended since; when another store took its place, the first look at its files is an error.
 
     Attributes:
         path: Folder of the store.
@@ -44,6 +43,7 @@ class GuideStore:
         self.path = path
         self.manifest = manifest
         self._open_shards: dict[tuple[str, int], Shard] = {}
+        self._travelled = False
 
     @classmethod
     def open(cls, path: str | Path) -> "GuideStore":
@@ -244,15 +244,20 @@ class GuideStore:
         return {"path": self.path, "manifest": self.manifest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if not GuideStore.open(state["path"]).manifest.continues(state["manifest"]):
-            raise StoreError(f"{state['path']} was replaced by another store while in use: start again")
-        self.__dict__.update(state, _open_shards={})
+        # An error here would end a loader's worker before it could say so.
+        self.__dict__.update(state, _open_shards={}, _travelled=True)
 
     def _shard(self, kind: str, index: int) -> Shard:
         key = (kind, index)
+        if self._travelled and not self._open_shards:
+            self._refuse_another_store()
         if key not in self._open_shards:
             self._open_shards[key] = read_shard(self.path, kind, index, self.manifest)
         return self._open_shards[key]
+
+    def _refuse_another_store(self) -> None:
+        if not GuideStore.open(self.path).manifest.continues(self.manifest):
+            raise StoreError(f"{self.path} was replaced by another store while in use: start again")
 
     def _row_column(self, name: str) -> Array:
         shards = (self._shard("rows", shard).batch for shard in self.manifest.shards_of("rows"))
@@ -279,18 +284,13 @@ class GuideStore:
         if len(self.manifest.plan.texts) == 1:
             vectors: Array = self.vectors_of(0, guide).numpy().take(ids, axis=0)
             return vectors
-        # Shards are read in turn, each from its start to its end. NumPy, because it writes whole rows to
-        # scattered places 1.5 times as fast as torch, and starts no threads in a loader's worker.
-        order = np.argsort(ids, kind="stable")
-        ordered = ids[order]
-        starts = self.texts.starts
-        bounds = np.searchsorted(ordered, starts)
         info = self.manifest.guides[guide]
         vectors = np.empty((len(ids), info.width), dtype=info.dtype)
-        for shard, (first, last) in enumerate(pairwise(bounds)):
-            if first < last:
-                local = ordered[first:last] - starts[shard]
-                vectors[order[first:last]] = self.vectors_of(shard, guide).numpy().take(local, axis=0)
+        order, pieces = by_shard(ids, self.texts.starts)
+        # NumPy, because it writes whole rows to scattered places 1.5 times as fast as torch, and starts no threads in
+        # a loader's worker.
+        for shard, some, local in pieces:
+            vectors[order[some]] = self.vectors_of(shard, guide).numpy().take(local, axis=0)
         return vectors
 
 

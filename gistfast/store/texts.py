@@ -67,14 +67,29 @@ class Texts(Sequence[str]):
             return pa.array([], type=pa.large_string())
         if ids.min() < 0 or ids.max() >= len(self):
             raise IndexError(f"ids from {ids.min()} to {ids.max()}, the store holds {len(self)} texts")
-        order = np.argsort(ids, kind="stable")
-        ordered = ids[order]
-        bounds = np.searchsorted(ordered, self.starts)
-        parts = [
-            self._column_of(shard).take(pa.array(ordered[first:last] - self.starts[shard]))
-            for shard, (first, last) in enumerate(pairwise(bounds))
-            if first < last
-        ]
+        order, pieces = by_shard(ids, self.starts)
+        parts = [self._column_of(shard).take(pa.array(local)) for shard, _, local in pieces]
         places = np.empty_like(order)
         places[order] = np.arange(len(order))
         return pa.concat_arrays(parts).take(pa.array(places))
+
+
+def by_shard(ids: Array, starts: Array) -> tuple[Array, list[tuple[int, slice, Array]]]:
+    """The order that sorts entries, and what each shard has of them then, so that it is read from its start to its end.
+
+    Args:
+        ids: Of the entries, (N,) integers.
+        starts: Id of the first entry of each shard, and the number of entries at the end.
+
+    Returns:
+        The order (N,); and for each shard that has any its number, which of the sorted entries it has, and their
+        places in it.
+    """
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order]
+    bounds = enumerate(pairwise(np.searchsorted(ordered, starts)))
+    return order, [
+        (shard, slice(first, last), ordered[first:last] - starts[shard])
+        for shard, (first, last) in bounds
+        if first < last
+    ]

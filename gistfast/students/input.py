@@ -9,16 +9,17 @@ Shapes: N texts, F forward passes, T tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Router
 from torch import Tensor
 
 from gistfast.errors import ModelError
 from gistfast.students.tokenising import PROBES, tokenise
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 Array = np.ndarray[Any, Any]
 
@@ -101,12 +102,14 @@ class InputForm:
         return texts.tokens[places + torch.arange(total, device=places.device)].long(), offsets
 
 
-def input_form(model: SentenceTransformer, prompts: Sequence[str]) -> InputForm:
+def input_form(model: "SentenceTransformer", prompts: Sequence[str]) -> InputForm:
     """What the student takes for texts that bear one of the prompts.
 
     Raises:
         ModelError: When tokens alone do not make its features.
     """
+    from sentence_transformers.sentence_transformer.modules import Router
+
     if isinstance(model[0], Router):
         raise ModelError(f"the student sends its texts by several routes, {_OTHER_WAY}")
     probed = [model.preprocess(list(PROBES), prompt=prompt or None) for prompt in prompts]
@@ -130,7 +133,7 @@ def input_form(model: SentenceTransformer, prompts: Sequence[str]) -> InputForm:
 
 
 def same_features(
-    model: SentenceTransformer,
+    model: "SentenceTransformer",
     form: InputForm,
     kind: int,
     prompt: str,
@@ -156,7 +159,7 @@ def text_set(tokens: Array, lengths: Array, forwards: Array) -> TextSet:
     )
 
 
-def _constants(model: SentenceTransformer, features: dict[str, Any]) -> dict[str, Any]:
+def _constants(model: "SentenceTransformer", features: dict[str, Any]) -> dict[str, Any]:
     """The features that hold for all texts of a pass; the length of the prompt only where pooling leaves it out."""
     values = {key: value for key, value in features.items() if not torch.is_tensor(value)}
     if all(getattr(module, "include_prompt", True) for module in model.modules()):

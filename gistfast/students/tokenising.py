@@ -9,12 +9,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
-from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ PROBES = (
 )
 
 
-def tokenise(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> tuple[Array, Array]:
+def tokenise(model: "SentenceTransformer", texts: Sequence[str], prompt: str) -> tuple[Array, Array]:
     """The student's tokens of some texts (T,), one text after the other, and how many each has (N,), int64.
 
     As the student makes them: padded, and taken out of the padding.
@@ -45,7 +47,7 @@ def tokenise(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> t
     return ids.numpy(), np.array([end - start for start, end in pairwise(bounds)], np.int64)
 
 
-def quickest_tokeniser(model: SentenceTransformer, prompt: str, texts: Sequence[str]) -> Tokenise:
+def quickest_tokeniser(model: "SentenceTransformer", prompt: str, texts: Sequence[str]) -> Tokenise:
     """What `tokenise` does, for a prompt: by the tokenizer's own core on all processors, where it has one.
 
     Args:
@@ -74,7 +76,7 @@ def quickest_tokeniser(model: SentenceTransformer, prompt: str, texts: Sequence[
     return lambda texts: tokenise(model, texts, prompt)
 
 
-def tokenizer_record(model: SentenceTransformer) -> dict[str, Any]:
+def tokenizer_record(model: "SentenceTransformer") -> dict[str, Any]:
     """All that decides which tokens a text has, and the largest id that can come up."""
     module: Any = model[0]
     tokenizer: Any = model.tokenizer
@@ -98,7 +100,7 @@ def tokenizer_record(model: SentenceTransformer) -> dict[str, Any]:
     }
 
 
-def _core_of(model: SentenceTransformer) -> Tokenizer | None:
+def _core_of(model: "SentenceTransformer") -> Tokenizer | None:
     """The part of the tokenizer that is not written in Python, if there is one."""
     tokenizer: Any = model.tokenizer
     core = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)

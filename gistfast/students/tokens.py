@@ -19,17 +19,19 @@ import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
-from sentence_transformers import SentenceTransformer
 
 from gistfast.errors import StoreError, first_line
 from gistfast.progress import Bar, progress
 from gistfast.store import GuideStore
 from gistfast.store.files import durable_file, write_json
 from gistfast.students.tokenising import Tokenise, quickest_tokeniser, tokenizer_record
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ def joined_pieces(source: Array, starts: Array, lengths: Array) -> Array:
 
 
 def student_tokens(
-    model: SentenceTransformer, store: GuideStore, prompt: str, columns: Sequence[int], spare_folder: Path
+    model: "SentenceTransformer", store: GuideStore, prompt: str, columns: Sequence[int], spare_folder: Path
 ) -> Tokens:
     """The tokens of the texts in some columns of a store, made where they are not there yet.
 
@@ -120,7 +122,7 @@ def student_tokens(
 
 
 def _make(
-    model: SentenceTransformer,
+    model: "SentenceTransformer",
     store: GuideStore,
     prompt: str,
     columns: Sequence[int],

@@ -5,6 +5,7 @@ feed        prompts, tokens, and the collators over them
 attention   padded texts, or texts in one row
 compilation of the student; trial, a few texts before the first step
 collate     row numbers to a batch; passes, how it is cut into forward passes
+loader      of batches, and the processes that prepare them; loader_server, what makes those
 step        vectors of a batch, and the way of the gradient back
 trainer     sentence-transformers' trainer with that step
 means       what steps count, between two records of the log; pace, what the clock says of them

@@ -9,6 +9,7 @@ Shapes: B rows, C columns, N distinct texts, T tokens, G guide width.
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
@@ -62,15 +63,25 @@ COUNTS = ("rows", "tokens", "padded_tokens", "texts", "distinct_texts")
 class Rows(Dataset[Array]):
     """The rows of a split as a dataset of their numbers, in the order of `store.to_dataset`; a batch is read at once.
 
+    It pickles as its store and split.
+
     Attributes:
+        store: The guide store.
         split: "train" or "held_out".
-        numbers: (R,) numbers of the rows in the store, ascending.
     """
 
     def __init__(self, store: GuideStore, split: Split) -> None:
         """Take the rows of a split."""
+        self.store = store
         self.split = split
-        self.numbers = np.flatnonzero(store.held_out == (split == "held_out"))
+
+    @cached_property
+    def numbers(self) -> Array:
+        """Numbers of the rows in the store, (R,), ascending."""
+        return np.flatnonzero(self.store.held_out == (self.split == "held_out"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"store": self.store, "split": self.split}
 
     def __len__(self) -> int:
         return len(self.numbers)

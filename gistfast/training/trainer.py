@@ -4,7 +4,6 @@ A step embeds the set of distinct texts of its rows, puts the vectors back into 
 comes twice in a batch is embedded once, with one draw of dropout. The rows of a step are of one store.
 """
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,8 @@ from gistfast.losses.schedules import Schedule, ScheduledLoss
 from gistfast.students.input import InputForm, TextSet
 from gistfast.students.lora import has_lora, merged
 from gistfast.training.checkpoint import load_trained, save_trained
-from gistfast.training.collate import COUNTS, Batch, MixedBatch, MixedRows, Split
+from gistfast.training.collate import COUNTS, Batch, MixedBatch, MixedCollator, MixedRows, Split
+from gistfast.training.loader import loader_of
 from gistfast.training.means import StepMeans
 from gistfast.training.non_finite import FiniteSteps, RowsOfStep
 from gistfast.training.pace import Pace
@@ -107,13 +107,12 @@ class GuidedTrainer(SentenceTransformerTrainer):
         return self._loader(self.rows["held_out"], self.args.eval_batch_size)
 
     def _loader(self, rows: MixedRows, batch_size: int, *, drop_last: bool = False) -> DataLoader[Any]:
-        return DataLoader(
+        return loader_of(
             rows,
-            batch_sampler=self.get_batch_sampler(rows, batch_size=batch_size, drop_last=drop_last, seed=self.args.seed),
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
+            self.get_batch_sampler(rows, batch_size=batch_size, drop_last=drop_last, seed=self.args.seed),
+            cast(MixedCollator, self.data_collator),
+            workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
-            worker_init_fn=_leave_the_group,
         )
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
@@ -237,8 +236,3 @@ def _shown(loss: GISTLoss, matryoshka: Matryoshka | None) -> nn.Module:
     if matryoshka is None:
         return loss
     return MatryoshkaLoss(loss.model, loss, list(matryoshka.weights), list(matryoshka.weights.values()))
-
-
-def _leave_the_group(worker: int) -> None:
-    """Keep signals to the group, of Ctrl-C or torchrun, from a process that prepares batches: the trainer ends it."""
-    os.setpgrp()
