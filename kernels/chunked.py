@@ -14,7 +14,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from gistfast.kernels.fused import Layout, Rows, Segment, Settings, each_guide, wide_dtype
+from gistfast.kernels.fused import Layout, Rows, Segment, Settings, each_guide, threshold_of, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def prepare(
     if guides:
         of_guides = torch.minimum if settings.guide_min else torch.maximum
         own_guide = reduce(of_guides, (side.own_scores(own_rows) for side in guides.values()))
-        threshold = own_guide - (own_guide.abs() * settings.margin if settings.relative else settings.margin)
+        threshold = threshold_of(own_guide, settings.margin, relative=settings.relative)
     every = torch.cat([length for side in (student, *guides.values()) for length in side.lengths])
     unusable = ~((every > 0) & (every < torch.inf)).all()
     own = student.own_scores(own_rows)

@@ -343,6 +343,17 @@ def _budget_bytes(device: torch.device) -> int:
     return mib << 20
 
 
+def threshold_of(own_guide: Tensor, margin: float, *, relative: bool) -> Tensor:
+    """The guide score above which a candidate of a row is dropped, from that of the row's own positive.
+
+    Args:
+        own_guide: Of any shape.
+        margin: How far below it a candidate is dropped already.
+        relative: Whether that is a share of the score rather than a distance.
+    """
+    return own_guide - (own_guide.abs() * margin if relative else margin)
+
+
 def each_guide(guide: Sequence[Tensor], widths: Sequence[int]) -> dict[str, list[Tensor]]:
     """The roles' vectors of each guide, by what it is called: `guide`, cut into `widths` where these are given."""
     if not widths:

@@ -172,11 +172,11 @@ def test_choice_leaves_the_student_and_random_numbers_as_they_were(
     set_dropout(student, 0.1)
     student[1].eval()
     state = torch.get_rng_state()
-    with caplog.at_level(logging.INFO, "gistfast.training.attention"):
+    with caplog.at_level(logging.INFO, "gistfast.models.packed_texts"):
         _, passes = choose(student)
     assert isinstance(passes, PackedPasses)
     assert [record.getMessage() for record in caplog.records] == [
-        "unpadded attention, text by text: it gives the vectors and gradients of padded passes"
+        "unpadded attention, text by text: it gives the vectors and gradients of padded texts"
     ]
     assert torch.equal(torch.get_rng_state(), state)
     assert (student.training, student[0].training, student[1].training) == (True, True, False)
@@ -185,7 +185,7 @@ def test_choice_leaves_the_student_and_random_numbers_as_they_were(
 
 def refused(choose: Any, student: SentenceTransformer, caplog: pytest.LogCaptureFixture) -> str:
     """Why the student takes padded texts: said once, and refused where one row was asked for."""
-    with caplog.at_level(logging.INFO, "gistfast.training.attention"):
+    with caplog.at_level(logging.INFO, "gistfast.models.packed_texts"):
         _, passes = choose(student)
     assert not isinstance(passes, PackedPasses)
     (message,) = (record.getMessage() for record in caplog.records)

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from gistfast.cli.main import app
 from gistfast.errors import ConfigError, ModelError, StoreError, TrainingError
-from gistfast.stages.dry_run import DryRun, StepClock, dry_run, facts
+from gistfast.stages.dry_run import DryRun, dry_run, facts
 from gistfast.stages.train import TrainReport
 from gistfast.store import GuideStore
+from gistfast.training.pace import Pace
 from gistfast.training.trainer import GuidedTrainer
 
 OPTIONS: dict[str, Any] = {"batch_size": 4, "save_steps": 0, "trackers": (), "picture": False, "device": "cpu"}
@@ -97,11 +98,17 @@ def test_at_most_ten_steps_are_taken(
     assert (found.steps, found.taken, len(counted)) == (max_steps, taken, taken)
 
 
-@pytest.mark.parametrize(("at_s", "step_s"), [((1.0, 4.0), 3.0), ((0.0, 9.0, 11.0, 12.0), 1.5)])
-def test_first_step_does_not_count_where_there_are_more(at_s: tuple[float, ...], step_s: float) -> None:
-    clock = StepClock()
-    clock._at_s = list(at_s)
-    assert clock.step_s() == step_s
+@pytest.mark.parametrize(("steps_ms", "step_s"), [((3000.0,), 3.0), ((9000.0, 2000.0, 1000.0), 1.5)])
+def test_first_step_is_not_timed_where_there_are_more(
+    steps_ms: tuple[float, ...], step_s: float, trial: Callable[..., DryRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, left = Pace.take, list(steps_ms)
+
+    def timed(self: Pace, *arguments: Any) -> dict[str, float]:
+        return take(self, *arguments) | {"step_ms": left.pop(0)}
+
+    monkeypatch.setattr(Pace, "take", timed)
+    assert trial(max_steps=len(steps_ms)).step_s == step_s
 
 
 def test_run_that_is_there_is_left_as_it_is(

@@ -18,7 +18,7 @@ from gistfast.errors import ConfigError
 from gistfast.guides import attention
 from gistfast.guides.guide import ModelGuide, load_guide
 from gistfast.guides.token_batches import TokenWindow
-from gistfast.models import packed_attention
+from gistfast.models import packed_attention, packed_texts
 from gistfast.stages.precompute import precompute
 from gistfast.stages.repair import repair
 
@@ -155,7 +155,7 @@ def test_measured_budget_counts_tokens_of_texts(encoder: MakeEncoder, monkeypatc
 
 
 def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == attention.__name__]
+    return [record.getMessage() for record in caplog.records if record.name == packed_texts.__name__]
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 Shapes: N texts, G guide width.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -12,14 +11,19 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
-from gistfast.errors import ConfigError, first_line
+from gistfast.errors import first_line
 from gistfast.guides.directions import Vectors
 from gistfast.guides.precision import precision_of
 from gistfast.guides.token_batches import PackedRows, Padding, TokenBatch, TokenWindow
 from gistfast.models.packed_attention import packing_missing
-from gistfast.models.packed_texts import Attention, largest_error, pack_texts, unpack_texts
-
-logger = logging.getLogger(__name__)
+from gistfast.models.packed_texts import (
+    Attention,
+    largest_error,
+    pack_texts,
+    refuse_unpadded,
+    say_unpadded,
+    unpack_texts,
+)
 
 # Texts of every length that are tried, beside one that is sure to be short; tokens of a pass.
 _NUM_TRIED = 8
@@ -51,7 +55,7 @@ def may_be_unpadded(model: SentenceTransformer, padding: Padding | None, attenti
         return False
     missing = _missing(model, padding)
     if missing is not None:
-        _refuse(attention, missing)
+        refuse_unpadded(attention, missing)
     return missing is None
 
 
@@ -90,11 +94,10 @@ def choose_padding(
     except Exception as error:  # What was not made for packed passes may raise anything.
         wrong = first_line(error)
     if wrong is None:
-        way = "PyTorch's variable-length attention" if model.device.type == "cuda" else "text by text"
-        logger.info("unpadded attention, %s: it gives the vectors of padded texts", way)
+        say_unpadded(model.device, gives="vectors")
         return packed
     unpack_texts(model)
-    _refuse(attention, wrong)
+    refuse_unpadded(attention, wrong)
     return padding
 
 
@@ -108,12 +111,6 @@ def _missing(model: SentenceTransformer, padding: Padding | None) -> str | None:
 def _precision(model: SentenceTransformer) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, precision_of(model))
     return dtype
-
-
-def _refuse(attention: Attention, reason: str) -> None:
-    if attention == "unpadded":
-        raise ConfigError(f"--attention unpadded cannot be had here: {reason}")
-    logger.info("padded attention, because unpadded cannot be had here: %s", reason)
 
 
 def _embed(window: TokenWindow, forward: Callable[[TokenBatch], Vectors], budget: int) -> Vectors:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from gistfast.kernels.fused import each_guide, wide_dtype
+from gistfast.kernels.fused import each_guide, threshold_of, wide_dtype
 from gistfast.losses.stats import unit_vectors
 
 Triplet = Literal["soft", "hard"]
@@ -167,4 +167,4 @@ def _threshold(of_guides: Sequence[list[Tensor]], rows: slice, margin: float, re
         return torch.empty(0)
     own = torch.stack([torch.linalg.vecdot(one[0][rows], one[1][rows]) for one in of_guides])
     score = own.amin(0) if lowest else own.amax(0)
-    return score - (score.abs() * margin if relative else margin)
+    return threshold_of(score, margin, relative=relative)

@@ -3,6 +3,7 @@
 Shapes: N texts, T tokens, D width.
 """
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -10,10 +11,13 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gistfast.errors import ConfigError
 from gistfast.models.encoder import encoder_of
 from gistfast.models.packed_attention import pack_attention, unpack_attention
 
 Attention = Literal["auto", "padded", "unpadded"]
+
+logger = logging.getLogger(__name__)
 
 # Beside what the model's own signature names.
 _FEATURES = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
@@ -58,6 +62,23 @@ def bounds_of_texts(lengths: Tensor, num_tokens: int, longest: int, first_positi
         "max_length_k": longest,
         "seq_idx": text_of[None],
     }
+
+
+def say_unpadded(device: torch.device, gives: str) -> None:
+    """Log that texts are taken in one row, and what that gives."""
+    way = "PyTorch's variable-length attention" if device.type == "cuda" else "text by text"
+    logger.info("unpadded attention, %s: it gives the %s of padded texts", way, gives)
+
+
+def refuse_unpadded(attention: Attention, reason: str) -> None:
+    """Say why texts are taken padded.
+
+    Raises:
+        ConfigError: When they were not to be.
+    """
+    if attention == "unpadded":
+        raise ConfigError(f"--attention unpadded cannot be had here: {reason}")
+    logger.info("padded attention, because unpadded cannot be had here: %s", reason)
 
 
 def largest_error(found: Tensor, right: Tensor) -> float:

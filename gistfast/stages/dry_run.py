@@ -1,15 +1,14 @@
 """What a training run would be: its size, and what its first steps take, measured where nothing is kept."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gistfast.errors import ConfigError
 from gistfast.losses.functional import choose_backend
@@ -105,10 +104,10 @@ def dry_run(store: str | Path, *, student: str | Path, out: str | Path, **option
     done = step_of(run.last_checkpoint() if settings.resume else None)
     taken = min(_MOST_STEPS, max(steps - done, 1))
     with TemporaryDirectory(prefix="gistfast-") as folder:
-        trainer, clock = _take_steps(model, stores, _without_traces(settings, folder, taken))
+        trainer = _take_steps(model, stores, _without_traces(settings, folder, taken))
         tokens_at = [tokens.path for made in _collators(trainer) for tokens in made.tokens]
         stay = [path for path in tokens_at if not path.is_relative_to(folder)]
-        tokens, padded = _mean_tokens(trainer.state.log_history)
+        tokens, padded, step_s = _means(trainer.state.log_history)
         return DryRun(
             rows=sum(map(num_train_rows, stores.values())),
             held_out=sum(int(store.held_out.sum()) for store in stores.values()),
@@ -124,7 +123,7 @@ def dry_run(store: str | Path, *, student: str | Path, out: str | Path, **option
             peak_mib=peak_mib(model.device),
             on_gpu=model.device.type == "cuda",
             taken=taken,
-            step_s=clock.step_s(),
+            step_s=step_s,
             tokens_at=tuple(dict.fromkeys(path.parent for path in stay)),
         )
 
@@ -146,32 +145,7 @@ def _without_traces(settings: TrainSettings, folder: str, steps: int) -> TrainSe
     )
 
 
-class StepClock(TrainerCallback):
-    """Notes when steps end; waits for the GPU there."""
-
-    def __init__(self) -> None:
-        self._at_s: list[float] = []
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Begin."""
-        self._at_s = [time.monotonic()]
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note the end of a step."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._at_s.append(time.monotonic())
-
-    def step_s(self) -> float:
-        """Mean of the steps but the first, in which everything is done for the first time, where there are more."""
-        first = 1 if len(self._at_s) > 2 else 0
-        return (self._at_s[-1] - self._at_s[first]) / (len(self._at_s) - 1 - first)
-
-
-def _take_steps(model: SentenceTransformer, stores: Stores, settings: TrainSettings) -> tuple[GuidedTrainer, StepClock]:
-    clock = StepClock()
+def _take_steps(model: SentenceTransformer, stores: Stores, settings: TrainSettings) -> GuidedTrainer:
     trainer = make_trainer(model, stores, settings, RunFolder(Path(settings.out)), [], Ranks())
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -181,20 +155,22 @@ def _take_steps(model: SentenceTransformer, stores: Stores, settings: TrainSetti
         memory_errors_in_one_line(trainer, None, recomputes=settings.gradient_checkpointing),
     ):
         trainer.add_callback(bar)
-        trainer.add_callback(clock)
         trainer.train()
-    return trainer, clock
+    return trainer
 
 
 def _collators(trainer: GuidedTrainer) -> Sequence[Collator]:
     return cast(MixedCollator, trainer.data_collator).of_stores
 
 
-def _mean_tokens(history: Sequence[dict[str, float]]) -> tuple[float, float]:
-    """Tokens of a step, and the same with padding."""
+def _means(history: Sequence[dict[str, float]]) -> tuple[float, float, float]:
+    """Tokens of a step, the same with padding, and its seconds.
+
+    The first step, in which everything is done for the first time, is not timed where there are more.
+    """
     steps = [record for record in history if "loss" in record]
-    tokens, padded = (sum(record[name] for record in steps) / len(steps) for name in ("tokens", "padded_tokens"))
-    return tokens, padded
+    tokens, padded = (fmean(record[name] for record in steps) for name in ("tokens", "padded_tokens"))
+    return tokens, padded, fmean(record["step_ms"] for record in steps[1:] or steps) / 1000
 
 
 def _how(trainer: GuidedTrainer, settings: TrainSettings) -> str:

@@ -3,7 +3,6 @@
 Shapes: N texts, D student width.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,17 +11,15 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from gistfast.errors import ConfigError, first_line
+from gistfast.errors import first_line
 from gistfast.models.packed_attention import packing_missing
-from gistfast.models.packed_texts import Attention, largest_error, unpack_texts
+from gistfast.models.packed_texts import Attention, largest_error, refuse_unpadded, say_unpadded, unpack_texts
 from gistfast.students.input import InputForm, TextSet
 from gistfast.students.packed import PackedForm, pack
 from gistfast.training.collate import Collator
 from gistfast.training.passes import PackedPasses, Passes
 from gistfast.training.step import embed
 from gistfast.training.trial import as_in_a_run, early_weights, some_texts
-
-logger = logging.getLogger(__name__)
 
 # Padded passes in the run's precision are off from fp32 by so much; packed ones may be by so many times as much, or, in
 # fp32, where that is nothing, by so much of a vector's length. Texts that see each other are off by far more.
@@ -51,14 +48,11 @@ def choose_form(
     missing = _missing(model, form, bf16)
     packed = _packed(model, form, collators, passes, bf16) if missing is None else missing
     if isinstance(packed, PackedForm):
-        way = "PyTorch's variable-length attention" if model.device.type == "cuda" else "text by text"
-        logger.info("unpadded attention, %s: it gives the vectors and gradients of padded passes", way)
+        say_unpadded(model.device, gives="vectors and gradients")
         for collator in collators:
             collator.passes = passes
         return packed
-    if attention == "unpadded":
-        raise ConfigError(f"--attention unpadded cannot be had here: {packed}")
-    logger.info("padded attention, because unpadded cannot be had here: %s", packed)
+    refuse_unpadded(attention, packed)
     return form
 
 
