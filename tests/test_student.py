@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 from torch import nn
 
 from gistfast.errors import ConfigError, ModelError
@@ -141,6 +141,15 @@ def test_unreachable_hub_is_one_line() -> None:
     with pytest.raises(ModelError, match="hub cannot be reached") as caught:
         load_student("gistfast-tests/no-such-model", device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_dropout_of_a_student_that_has_none_is_refused(tiny_student: Path, tmp_path: Path) -> None:
+    tokenizer = SentenceTransformer(str(tiny_student), device="cpu").tokenizer
+    static = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu")
+    static.save(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"--dropout 0.1: the student has no dropout: leave it out"):
+        load_student(str(tmp_path), dropout=0.1, device="cpu")
+    load_student(str(tmp_path), dropout=0.0, device="cpu")
 
 
 def test_dropout_is_written_into_the_saved_configuration(tiny_student: Path, tmp_path: Path) -> None:

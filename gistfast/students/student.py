@@ -53,8 +53,8 @@ def load_student(
 
     Raises:
         ModelError: When the name leads to no model, or its layers cannot be cut.
-        ConfigError: When layers are named that are not there, `freeze` leaves nothing to train, `width` is its own, or
-            `device` is not there.
+        ConfigError: When layers are named that are not there, `freeze` leaves nothing to train, `width` is its own,
+            there is no dropout to be set, or `device` is not there.
         DependencyError: When `lora` is given and peft is not installed.
     """
     folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -119,17 +119,24 @@ def check_learning_rates(rates: Mapping[str, float], model: SentenceTransformer,
 
 
 def set_dropout(model: SentenceTransformer, probability: float) -> None:
-    """Give every dropout of the model one probability, in its modules and in its configuration."""
-    holders: list[Any] = [module for module in model.modules() if not isinstance(module, nn.Dropout)]
-    if model.config is not None:
-        holders.append(model.config)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
-    for holder in holders:
-        for name, value in vars(holder).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(holder, name, probability)
+    """Give every dropout of the model one probability, in its modules and in its configuration.
+
+    Raises:
+        ConfigError: When it is above 0 and the model has none.
+    """
+    holders: list[Any] = [*model.modules(), *([] if model.config is None else [model.config])]
+    # PyTorch's own module calls it p.
+    found = [(holder, "p") for holder in holders if isinstance(holder, nn.Dropout)]
+    found += [
+        (holder, name)
+        for holder in holders
+        for name, value in vars(holder).items()
+        if "dropout" in name and isinstance(value, float)
+    ]
+    if probability > 0 and not found:
+        raise ConfigError(f"--dropout {probability:g}: the student has no dropout: leave it out")
+    for holder, name in found:
+        setattr(holder, name, probability)
 
 
 def checkpoint_activations(model: SentenceTransformer) -> None:
