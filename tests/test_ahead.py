@@ -49,7 +49,7 @@ def test_work_goes_on_while_a_result_is_used() -> None:
     with ThreadPoolExecutor(1) as pool:
         results = run_ahead(pool, work, range(5), num_ahead=1)
         assert next(results) == 0
-        assert second_began.wait(10)
+        assert second_began.wait(60)
 
 
 def test_error_of_the_work_is_raised_where_its_result_is_due(pool: ThreadPoolExecutor) -> None:
@@ -75,7 +75,7 @@ def test_ending_early_cancels_what_has_not_begun() -> None:
     def work(item: int) -> int:
         begun.append(item)
         if item:
-            go_on.wait(10)
+            go_on.wait(60)
         return item
 
     with ThreadPoolExecutor(1) as pool:

@@ -170,7 +170,7 @@ def ranks(folder: Path, tiny_student: Path) -> list[Result]:
         for rank in range(RANKS)
     ]
     try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
+        said = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -154,7 +154,7 @@ def test_shard_is_written_while_the_next_is_embedded(
 
     def write(vectors: VectorShards, shard: int, array: Any) -> bool:
         # Never set when the worker waits for this write before it goes on.
-        assert embedding_again.wait(10)
+        assert embedding_again.wait(60)
         return original(vectors, shard, array)
 
     def on_batch(done: BatchDone) -> None:

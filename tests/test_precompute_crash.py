@@ -59,7 +59,7 @@ def test_killed_processes_make_the_store_of_undisturbed_ones(
     first: Path, second: Path, tiny_student: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, str(SCRIPT), *map(str, (tiny_student, first, second, tmp_path, KILLS))]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
     assert sum(said["killed"]) >= KILLS

@@ -26,7 +26,7 @@ def source(tmp_path: Path) -> Path:
 
 def write(source: Path, store: Path, *, workers: int = 1, kills: int = 0, options: tuple[str, ...] = ()) -> GuideStore:
     command = [sys.executable, str(SCRIPT), str(source), str(store), str(workers), str(kills), *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     return GuideStore.open(store)
 

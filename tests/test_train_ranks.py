@@ -205,9 +205,10 @@ def torchrun(*command: str) -> subprocess.Popen[str]:
 def ended(process: subprocess.Popen[str]) -> str:
     """All that the processes of torchrun said, which has to end by itself."""
     try:
-        return process.communicate(timeout=120)[0]
+        return process.communicate(timeout=600)[0]
     finally:
         process.kill()
+        process.wait()
 
 
 # What came of it.
