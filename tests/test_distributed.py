@@ -174,6 +174,7 @@ def ranks(folder: Path, tiny_student: Path) -> list[Result]:
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     for process, output in zip(processes, said, strict=True):
         assert process.returncode == 0, output
     return [load_file(folder / f"rank-{rank}.safetensors") for rank in range(RANKS)]

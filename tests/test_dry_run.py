@@ -12,6 +12,7 @@ from store_cases import files_of
 from train_cases import ROWS, at_step, steps, train_small
 from typer.testing import CliRunner
 
+from gistfast.batches import StoreBatches
 from gistfast.cli.main import app
 from gistfast.errors import ConfigError, ModelError, StoreError, TrainingError
 from gistfast.stages.dry_run import DryRun, dry_run, facts
@@ -109,6 +110,15 @@ def test_first_step_is_not_timed_where_there_are_more(
 
     monkeypatch.setattr(Pace, "take", timed)
     assert trial(max_steps=len(steps_ms)).step_s == step_s
+
+
+def test_store_that_is_gone_before_the_next_epoch_is_one_line(
+    trial: Callable[..., DryRun], store: GuideStore, tmp_path: Path
+) -> None:
+    epoch = len(StoreBatches(store)(store.to_dataset("train"), OPTIONS["batch_size"], False, seed=42))
+    with at_step(epoch, lambda: store.path.rename(tmp_path / "elsewhere")), pytest.raises(StoreError) as refused:
+        trial(workers=1, max_steps=epoch + 1)
+    assert str(refused.value) == f"{store.path} has no store.json: make a guide store with `gistfast precompute`"
 
 
 def test_run_that_is_there_is_left_as_it_is(

@@ -29,7 +29,6 @@ from gistfast.training.callbacks import (
     tensorboard_callback,
 )
 from gistfast.training.hub_upload import UploadCheckpoints, check_hub, uploads_to
-from gistfast.training.loader import worker_errors_in_one_line
 from gistfast.training.modelcard import add_section, guide_section
 from gistfast.training.out_of_memory import memory_errors_in_one_line
 from gistfast.training.ranks import Ranks, join, left_in_one_line, without_their_warnings
@@ -188,8 +187,7 @@ def _take_steps(
         trainer.add_callback(stop)
         # Last, because it looks closer where the others have a checkpoint saved.
         trainer.add_callback(watch)
-        with worker_errors_in_one_line():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # torchrun ends all processes with the first that leaves: not before the checkpoint is whole.
         ranks.gather("trained")
     if watch.error is not None:

@@ -25,7 +25,7 @@ from gistfast.students.input import InputForm, TextSet
 from gistfast.students.lora import has_lora, merged
 from gistfast.training.checkpoint import load_trained, save_trained
 from gistfast.training.collate import COUNTS, Batch, MixedBatch, MixedCollator, MixedRows, Split
-from gistfast.training.loader import loader_of
+from gistfast.training.loader import loader_of, worker_errors_in_one_line
 from gistfast.training.means import StepMeans
 from gistfast.training.non_finite import FiniteSteps, RowsOfStep
 from gistfast.training.pace import Pace
@@ -88,6 +88,11 @@ class GuidedTrainer(SentenceTransformerTrainer):
         self._pace = Pace()
         self.add_callback(self.scheduled)
         self.add_callback(self._pace)
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """What was trained, by the trainer's own account; an error of a process that prepares batches is one line."""
+        with worker_errors_in_one_line():
+            return super().train(*arguments, **options)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The loader of the training rows."""
